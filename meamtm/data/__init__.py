@@ -1,0 +1,1 @@
+"""Audio files -> batches of waveforms."""

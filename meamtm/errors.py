@@ -1,0 +1,22 @@
+"""The user's mistakes. Each message names the key, the value, the rule and the remedy; the commands print it as one
+line and exit with 2. Our own mistakes are assertions."""
+
+
+class MeamtmError(Exception):
+    """Something that the user can put right."""
+
+
+class ConfigError(MeamtmError):
+    """A configuration key or value that cannot be used."""
+
+
+class DataError(MeamtmError):
+    """Audio, labels or a data set that cannot be used."""
+
+
+class CheckpointError(MeamtmError):
+    """A checkpoint that is damaged, incomplete or made for something else."""
+
+
+class ServiceError(MeamtmError):
+    """A tracking server or a Ray cluster that does not answer."""
