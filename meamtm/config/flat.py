@@ -1,0 +1,170 @@
+"""Dotted keys <-> settings: read, override, compare, sign. The same dotted key names a knob everywhere.
+
+Changes go through `override`, which rebuilds the whole configuration from one flat mapping, so that no check ever sees
+half of a change."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from meamtm.config.schema import RunConfig
+from meamtm.errors import ConfigError
+
+Value = bool | int | float | str | None | list[Any]
+Model = TypeVar("Model", bound=BaseModel)
+
+UNSCIENTIFIC = ("name", "runs_dir", "scale.", "tracking.", "data.cache", "train.checkpoint_s")
+"""Keys (or beginnings of keys) that cannot change a result."""
+
+
+def flatten(tree: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
+    """Gives every leaf its dotted key; tuples become lists, as in YAML."""
+    items = tree.model_dump(mode="json").items() if isinstance(tree, BaseModel) else tree.items()
+    flat: dict[str, Value] = {}
+    for key, value in items:
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def from_flat(flat: Mapping[str, Any]) -> RunConfig:
+    """Builds and checks a configuration from dotted keys; what is absent has its default."""
+    return build(RunConfig, flat)
+
+
+def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Returns the configuration with some dotted keys changed, checked as a whole."""
+    return from_flat(flatten(config) | dict(changes))
+
+
+def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """Reads a YAML file of differences from the defaults (nested or dotted) and applies further ones."""
+    return from_flat(flatten(read_yaml(path)) | dict(changes or {}))
+
+
+def differences(config: RunConfig, base: RunConfig | None = None) -> dict[str, Value]:
+    """Dotted keys whose values differ from another configuration's, or from the defaults."""
+    flat, reference = flatten(config), flatten(base or RunConfig())
+    return {key: value for key, value in flat.items() if reference[key] != value}
+
+
+def signature(config: RunConfig) -> str:
+    """Names a run: 8 hex digits of a hash over the keys that can change its result.
+
+    A data set counts by the last part of its path: where it lies changes nothing, and another set of the same name is
+    told apart by its digest, which a checkpoint holds.
+    """
+    flat = {key: value for key, value in flatten(config).items() if not key.startswith(UNSCIENTIFIC)}
+    flat["data.path"] = PurePath(config.data.path).name
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(config: RunConfig) -> str:
+    """Name and signature: the run folder, the Ray run and the MLflow run."""
+    return f"{config.name}-{signature(config)}"
+
+
+def parse_changes(words: Sequence[str]) -> dict[str, Value]:
+    """Reads KEY=VALUE words; values are YAML."""
+    changes: dict[str, Value] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word!r} is not KEY=VALUE; write for example optim.lr=3e-4")
+        try:
+            changes[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}={text}: not a YAML value; quote it or check its brackets") from error
+    return changes
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads one YAML mapping, as data only."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; name an existing YAML file, for example one of configs/") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text ({error}); name a YAML file") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); correct it") from error
+    if not isinstance(tree or {}, dict):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}, not keys and values; write KEY: VALUE lines")
+    return tree or {}
+
+
+def write_yaml(path: Path, tree: Mapping[str, Any], header: str = "") -> None:
+    """Writes dotted keys as a nested YAML file, whole or not at all."""
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(comment + yaml.safe_dump(nest(tree), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    scratch.replace(path)
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns dotted keys into a tree."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, leaf = str(key).split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key}={value!r}: {parent} has a value and keys below it; keep one of them")
+        node[leaf] = value
+    return tree
+
+
+def build(model: type[Model], flat: Mapping[str, Any]) -> Model:
+    """Builds any settings class from dotted keys; its errors name key, value, rule and remedy."""
+    try:
+        return model.model_validate(nest(flat))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(model, problem) for problem in error.errors()[:3])) from error
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:  # noqa: ANN401
+    key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(model), n=1, cutoff=0.4)
+        return f"{key}={value!r}: no such key" + (f"; did you mean {near[0]}?" if near else "; see `meamtm show`")
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    field = _field(model, key)
+    meaning = (
+        f"; {key} is: {field.description} (default {field.default!r})"
+        if field is not None and field.description
+        else ""
+    )
+    return f"{key}={value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}{meaning}"
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of a settings class."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        keys += known_keys(kind, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
+    return keys
+
+
+def _field(model: type[BaseModel], key: str) -> Any:  # noqa: ANN401
+    field = None
+    for part in key.split("."):
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return None
+        model = field.annotation  # type: ignore[assignment]
+    return field

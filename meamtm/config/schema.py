@@ -1,0 +1,275 @@
+"""What can be set: one frozen section per room. Every default lives here, once, with its meaning, unit and range."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """Frozen settings that refuse unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which clips are used, and how they reach a process."""
+
+    path: str = Field(
+        "data/synth-packed", description="packed data set: a folder made by `meamtm pack`, or a pyarrow URI"
+    )
+    clip_s: float = Field(
+        5.0, gt=0, le=600, description="what the model hears at once, s; longer clips are cropped, shorter ones padded"
+    )
+    test_fold: int | None = Field(1, description="held out for `evaluate` alone; null: every clip may train")
+    valid_fold: int | None = Field(
+        None, description="inner fold for choices (tuning, early stopping); null: its clips train too"
+    )
+    cache: Literal["arrow", "none"] = Field(
+        "arrow", description="arrow: decode once per node; none: stream and decode, for sets larger than the disk"
+    )
+    cache_dir: str = Field("~/.cache/meamtm", description="where a node keeps decoded waveforms")
+
+
+class MelConfig(Section):
+    """Waveform -> log-mel spectrogram."""
+
+    sample_rate_hz: int = Field(16_000, ge=1_000, le=384_000, description="what clips are resampled to, Hz")
+    num_bands: int = Field(64, ge=8, le=512, description="mel bands")
+    window_ms: float = Field(32.0, gt=0, le=1_000, description="analysis window, ms")
+    hop_ms: float = Field(20.0, gt=0, le=1_000, description="from one frame to the next, ms")
+    fmin_hz: float = Field(40.0, ge=0, description="lower edge of the lowest band, Hz")
+    fmax_hz: float | None = Field(None, gt=0, description="upper edge of the highest band, Hz; null: Nyquist")
+    kind: Literal["slaney", "htk"] = Field("slaney", description="mel scale")
+    backend: Literal["auto", "conv", "fft"] = Field(
+        "auto", description="conv: nnAudio's kernels; fft: the same result by FFT; auto: fft on a CPU"
+    )
+
+    @property
+    def window_samples(self) -> int:
+        """Analysis window, samples."""
+        return round(self.window_ms * self.sample_rate_hz / 1_000)
+
+    @property
+    def hop_samples(self) -> int:
+        """From one frame to the next, samples."""
+        return round(self.hop_ms * self.sample_rate_hz / 1_000)
+
+    @property
+    def num_fft(self) -> int:
+        """Transform length: the next power of two that holds a window, samples."""
+        return 1 << (self.window_samples - 1).bit_length()
+
+    @property
+    def top_hz(self) -> float:
+        """Upper edge of the highest band, Hz."""
+        return self.fmax_hz if self.fmax_hz is not None else self.sample_rate_hz / 2
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        nyquist_hz = self.sample_rate_hz / 2
+        if self.top_hz > nyquist_hz:
+            raise ValueError(
+                f"mel.fmax_hz={self.top_hz:g} exceeds Nyquist ({nyquist_hz:g} Hz); lower it or raise mel.sample_rate_hz"
+            )
+        if self.fmin_hz >= self.top_hz:
+            raise ValueError(
+                f"mel.fmin_hz={self.fmin_hz:g} is not below the highest band's edge ({self.top_hz:g} Hz); lower it"
+            )
+        if self.window_samples < 64:
+            raise ValueError(
+                f"mel.window_ms={self.window_ms:g} is {self.window_samples} samples at {self.sample_rate_hz} Hz, fewer than 64; lengthen it"
+            )
+        if self.hop_ms > self.window_ms:
+            raise ValueError(
+                f"mel.hop_ms={self.hop_ms:g} exceeds mel.window_ms={self.window_ms:g}, so samples would go unheard; shorten the hop"
+            )
+        return self
+
+
+class EncoderConfig(Section):
+    """Log-mel spectrogram -> logits."""
+
+    stem: Literal["conv", "patch"] = Field(
+        "conv", description="conv: stages of two 3x3 convolutions and 2x2 pooling; patch: one linear map per patch"
+    )
+    stem_channels: tuple[int, ...] = Field(
+        (32, 64, 128, 256), min_length=1, max_length=6, description="channels of each convolutional stage"
+    )
+    patch: tuple[int, int] = Field((16, 16), description="patch size of the patch stem: bands, frames")
+    stride: tuple[int, int] = Field(
+        (16, 16), description="from one patch to the next: bands, frames; less than the patch overlaps"
+    )
+    heads: int = Field(4, ge=1, le=64, description="attention heads")
+    head_dim: int = Field(64, ge=4, le=256, description="width of one head; the encoder is heads x head_dim wide")
+    depth: int = Field(2, ge=1, le=48, description="transformer blocks")
+    mlp_ratio: float = Field(2.0, gt=0, le=8, description="hidden width of a block's MLP over the encoder's width")
+    pool: Literal["mean", "cls", "attention"] = Field("mean", description="how tokens become one vector")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block, growing linearly")
+    patchout: float = Field(0.0, ge=0, lt=1, description="fraction of patches left out of each training step")
+
+    @property
+    def width(self) -> int:
+        """Width of a token: heads x head_dim."""
+        return self.heads * self.head_dim
+
+    @model_validator(mode="before")
+    @classmethod
+    def _width_is_heads_times_head_dim(cls, given: Any) -> Any:  # noqa: ANN401
+        """Accepts `width` as a claim to be checked; it is never stored, since two other keys make it."""
+        if not isinstance(given, Mapping) or "width" not in given:
+            return given
+        heads, head_dim = (given.get(key, cls.model_fields[key].default) for key in ("heads", "head_dim"))
+        if given["width"] != heads * head_dim:
+            raise ValueError(
+                f"encoder.width={given['width']} is not encoder.heads x encoder.head_dim ({heads} x {head_dim} = {heads * head_dim}); "
+                f"leave encoder.width out and set those two"
+            )
+        return {key: value for key, value in given.items() if key != "width"}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for axis, patch, stride in zip(("bands", "frames"), self.patch, self.stride, strict=True):
+            if patch < 1 or not 1 <= stride <= patch:
+                raise ValueError(
+                    f"encoder.stride={list(self.stride)} must lie in 1..patch ({list(self.patch)}) along {axis}; a larger stride skips {axis}"
+                )
+        if min(self.stem_channels) < 8 or max(self.stem_channels) > 4096:
+            raise ValueError(f"encoder.stem_channels={list(self.stem_channels)} must lie in 8..4096")
+        return self
+
+
+class AugmentConfig(Section):
+    """Changes to training clips only; each is drawn anew for every clip and epoch."""
+
+    roll: float = Field(1.0, ge=0, le=1, description="probability of a circular shift in time by a random amount")
+    gain_db: float = Field(6.0, ge=0, le=40, description="gain drawn from +-this, dB")
+    speed: float = Field(0.15, ge=0, le=0.5, description="playing speed drawn from 1 +- this (pitch follows)")
+    noise_db: float | None = Field(
+        None,
+        ge=0,
+        le=80,
+        description="lowest signal-to-noise ratio of added white noise, dB; up to 30 dB above it; null: none",
+    )
+    time_mask: float = Field(0.1, ge=0, le=0.9, description="widest time mask, fraction of the frames")
+    freq_mask: float = Field(0.1, ge=0, le=0.9, description="widest frequency mask, fraction of the bands")
+
+
+class MixConfig(Section):
+    """Two clips into one, with both labels."""
+
+    kind: Literal["none", "mixup", "between_class"] = Field(
+        "between_class", description="between_class weighs by loudness (Tokozume 2018); mixup does not"
+    )
+    prob: float = Field(1.0, ge=0, le=1, description="probability that a batch is mixed")
+    alpha: float = Field(1.0, gt=0, le=20, description="share of the first clip is drawn from Beta(alpha, alpha)")
+
+
+class LossConfig(Section):
+    """Logits and targets -> one number."""
+
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability spread over all labels")
+
+
+class OptimConfig(Section):
+    """Gradients -> new weights."""
+
+    name: str = Field("adamw", description="any optimizer that timm knows")
+    lr: float = Field(1e-3, gt=0, le=10, description="peak learning rate")
+    weight_decay: float = Field(0.05, ge=0, le=10, description="not applied to biases, norms and position embeddings")
+    schedule: Literal["cosine", "onecycle", "step", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up"
+    )
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of all steps over which the rate climbs to its peak")
+    final_ratio: float = Field(0.01, ge=0, le=1, description="last learning rate over the peak (cosine, onecycle)")
+    step_epochs: int = Field(10, ge=1, description="epochs between drops (step)")
+    step_gamma: float = Field(0.5, gt=0, le=1, description="factor at each drop (step)")
+    clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no limit")
+
+
+class TrainConfig(Section):
+    """How long, how large, how exact."""
+
+    epochs: int = Field(100, ge=1, le=100_000, description="passes over the training clips")
+    batch_size: int = Field(32, ge=1, le=65_536, description="clips per optimizer step, over all workers together")
+    seed: int = Field(0, ge=0, lt=2**31, description="initial weights, order, augmentation")
+    ema_decay: float = Field(
+        0.99, ge=0, lt=1, description="of the averaged weights that are evaluated and kept; 0: no averaging"
+    )
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="bf16: autocast; auto: where the device computes it natively"
+    )
+    checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints; 0: after every epoch")
+
+
+class ScaleConfig(Section):
+    """Where a run happens. Nothing here changes its result's identity."""
+
+    workers: int = Field(0, ge=0, le=4096, description="Ray Train workers; 0: this process")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a device")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves for a worker or a trial")
+    gpus_per_worker: float = Field(1.0, gt=0, description="GPUs that Ray reserves for a worker or a trial on CUDA")
+    max_failures: int = Field(1, ge=-1, description="restarts of a failed Ray Train run; -1: no limit")
+    threads: int | None = Field(None, ge=1, description="threads of a process; null: one per core it may use")
+    address: str | None = Field(None, description="Ray cluster; null: RAY_ADDRESS, or one started on this machine")
+
+
+class TrackingConfig(Section):
+    """Who is told."""
+
+    mlflow: bool = Field(True, description="log to MLflow besides the run's own metrics.jsonl")
+    uri: str | None = Field(None, description="MLflow; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db here")
+    experiment: str = Field("meamtm", min_length=1, description="MLflow experiment")
+
+
+class RunConfig(Section):
+    """Everything that a run is. Equal signatures are the same run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the run folder's name")
+    runs_dir: str = Field("runs", description="folder of all run folders")
+    data: DataConfig = DataConfig()
+    mel: MelConfig = MelConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    augment: AugmentConfig = AugmentConfig()
+    mix: MixConfig = MixConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    scale: ScaleConfig = ScaleConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("name", "runs_dir", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:  # noqa: ANN401
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @property
+    def clip_samples(self) -> int:
+        """Samples that the model hears at once."""
+        return round(self.data.clip_s * self.mel.sample_rate_hz)
+
+    @property
+    def num_frames(self) -> int:
+        """Spectrogram frames of one clip."""
+        return 1 + self.clip_samples // self.mel.hop_samples
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.clip_samples < self.mel.window_samples:
+            raise ValueError(
+                f"data.clip_s={self.data.clip_s:g} is shorter than one window (mel.window_ms={self.mel.window_ms:g}); lengthen the clip"
+            )
+        if self.data.test_fold is not None and self.data.test_fold == self.data.valid_fold:
+            raise ValueError(
+                f"data.valid_fold={self.data.valid_fold} is data.test_fold too, so choices would be made on the test; take another fold"
+            )
+        size = (self.mel.num_bands, self.num_frames)
+        least = self.encoder.patch if self.encoder.stem == "patch" else (2 ** len(self.encoder.stem_channels),) * 2
+        key = "encoder.patch" if self.encoder.stem == "patch" else "encoder.stem_channels"
+        if size[0] < least[0] or size[1] < least[1]:
+            raise ValueError(
+                f"{key} needs at least {least[0]} bands x {least[1]} frames, and a clip gives {size[0]} x {size[1]}; "
+                f"raise mel.num_bands or data.clip_s, or shrink {key}"
+            )
+        return self
