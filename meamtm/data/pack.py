@@ -1,0 +1,168 @@
+"""A folder of sounds -> Parquet shards, `card.json` and `rejected.csv`; docs/data-format.md describes them.
+
+Sounds are decoded, averaged to one channel and kept as FLAC at their own rate. A file that cannot be used is listed with
+its reason and is not fatal. The data set appears whole or not at all."""
+
+import csv
+import hashlib
+import logging
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meamtm.data.audio import encode_flac, read_audio
+from meamtm.data.folder import whole_folder
+from meamtm.data.packed import CARD, Card, read_card
+from meamtm.data.shards import Shards, Sound
+from meamtm.data.sources import Entry, Source, assign_folds, find_clips
+from meamtm.errors import DataError
+
+__all__ = ["Card", "pack", "read_card"]
+
+REJECTED = "rejected.csv"
+SHARD_NAME = re.compile(r"clips-\d{5,}\.parquet")
+
+logger = logging.getLogger(__name__)
+
+
+def pack(
+    source: Path,
+    out: Path,
+    manifest: Path | None = None,
+    *,
+    strict: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Card:
+    """Packs a folder of sounds; an unchanged source that is packed already is recognised and left alone.
+
+    With `strict`, a file that cannot be used is a DataError. So is an `out` that holds anything but a data set.
+    """
+    found = find_clips(source, manifest)
+    _check_out(out)
+    card = _already(out, found.fingerprint)
+    if card is None:
+        with whole_folder(out) as folder:
+            card = _write(found, folder, strict, progress)
+    elif card.num_rejected and strict:
+        raise DataError(f"{out / REJECTED}: lists {card.num_rejected} unusable files; correct them, or pack without --strict")
+    return card
+
+
+def _check_out(out: Path) -> None:
+    """Refuses an OUT that holds anything that packing did not write: it would be lost."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"OUT={out}: exists and is a file; name a folder")
+    names = sorted(path.name for path in out.iterdir())
+    foreign = [name for name in names if name not in (CARD, REJECTED) and not SHARD_NAME.fullmatch(name)]
+    if foreign or (names and CARD not in names):
+        raise DataError(f"OUT={out}: exists and is not a packed data set (holds {(foreign or names)[0]}); name another folder")
+
+
+def _already(out: Path, fingerprint: str) -> Card | None:
+    """The card of a complete data set made from this very source, if there is one."""
+    if not (out / CARD).is_file():
+        return None
+    try:
+        card = read_card(out)
+        num_clips = sum(pq.read_metadata(out / shard).num_rows for shard in card.shards)
+    except (DataError, OSError, pa.ArrowException) as error:
+        logger.warning("%s is damaged and is packed again: %s", out, error)
+        return None
+    if card.source != fingerprint or card.num_clips != num_clips:
+        logger.info("%s was packed from other files and is packed again", out)
+        return None
+    return card
+
+
+def _write(source: Source, folder: Path, strict: bool, progress: Callable[[int, int], None] | None) -> Card:
+    """Writes every file of a data set."""
+    entries = assign_folds(source.entries)
+    kept: list[Sound] = []
+    rejected: list[Sound] = []
+    shards = Shards(folder, source)
+    try:
+        for done, sound in enumerate(_read_sounds(entries), start=1):
+            if sound.reason and strict:
+                raise DataError(f"{sound.entry.path}: {sound.reason}; correct or remove it, or pack without --strict")
+            if sound.reason:
+                rejected.append(sound)
+            else:
+                shards.add(sound)
+                kept.append(sound.without_flac())
+            if progress:
+                progress(done, len(entries))
+        _check_enough(source, kept, rejected)
+        digest = shards.finish()
+    finally:
+        shards.close()
+    card = Card(
+        classes=source.classes,
+        multi_label=source.multi_label,
+        num_clips=len(kept),
+        num_rejected=len(rejected),
+        folds=tuple(sorted({sound.entry.fold for sound in kept if sound.entry.fold is not None})),
+        rates_hz=tuple(sorted({sound.sample_rate_hz for sound in kept})),
+        total_s=round(sum(sound.num_samples / sound.sample_rate_hz for sound in kept), 3),
+        digest=digest,
+        shards=tuple(shards.names),
+        source=source.fingerprint,
+    )
+    _write_rejected(folder / REJECTED, rejected)
+    (folder / CARD).write_text(card.to_json(), encoding="utf-8")
+    return card
+
+
+def _read_sounds(entries: Sequence[Entry]) -> Iterator[Sound]:
+    """Reads on all cores, in order, a bounded number ahead: memory does not grow with the data set."""
+    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting: deque[Future[Sound]] = deque()
+    rest = iter(entries)
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            while True:
+                waiting.extend(pool.submit(_read_sound, entry) for entry in islice(rest, 4 * num_threads - len(waiting)))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read_sound(entry: Entry) -> Sound:
+    try:
+        waveform, rate_hz = read_audio(entry.path)
+        if not waveform.any():
+            raise DataError("silent: every sample is zero")
+        flac = encode_flac(waveform, rate_hz)
+    except DataError as error:
+        return Sound(entry, reason=str(error))
+    return Sound(entry, flac, rate_hz, len(waveform), hashlib.sha256(waveform).hexdigest())
+
+
+def _check_enough(source: Source, kept: Sequence[Sound], rejected: Sequence[Sound]) -> None:
+    """At least two classes must have a usable clip."""
+    counts = Counter(label for sound in kept for label in sound.entry.labels)
+    if len(counts) < 2:
+        first = f"; the first is {rejected[0].entry.path}: {rejected[0].reason}" if rejected else ""
+        raise DataError(
+            f"{len(rejected)} of {len(rejected) + len(kept)} files cannot be used, which leaves {len(counts)} classes "
+            f"of at least two{first}; correct the files or their list"
+        )
+    if empty := [name for name in source.classes if not counts[name]]:
+        logger.warning("no usable clip has the class %s; training will ask for one", ", ".join(empty))
+
+
+def _write_rejected(path: Path, rejected: Sequence[Sound]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("path", "reason"))
+        writer.writerows((sound.entry.path, sound.reason) for sound in rejected)

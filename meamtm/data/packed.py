@@ -1,0 +1,110 @@
+"""A packed data set, local or at any pyarrow URI -> its card, its table of clips, its encoded sounds.
+
+docs/data-format.md describes the files. Only the footer and the columns asked for are read."""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from meamtm.errors import DataError
+
+FORMAT = 1
+CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a data set is, without opening it."""
+
+    classes: tuple[str, ...]
+    multi_label: bool
+    num_clips: int
+    num_rejected: int
+    folds: tuple[int, ...]
+    rates_hz: tuple[int, ...]
+    total_s: float
+    digest: str
+    shards: tuple[str, ...]
+    source: str
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The text of `card.json`."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def read_card(path: str | Path) -> Card:
+    """Reads `card.json` of a packed data set; DataError when there is none, or one of another format."""
+    files, folder = _filesystem(str(path))
+    try:
+        with files.open_input_stream(f"{folder}/{CARD}") as stream:
+            card = json.loads(stream.read())
+        if card["format"] != FORMAT:
+            raise DataError(f"data.path={path}: format {card['format']} is not {FORMAT}, which this version reads; pack it again")
+        return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in card.items()})
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"data.path={path}: no packed data set there; make one with `meamtm pack SOURCE {path}`") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"data.path={path}: {CARD} cannot be read ({error}); pack the data set again") from error
+
+
+class Packed:
+    """The shards of a data set; row groups are numbered through all of them."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.card = read_card(path)
+        self._files, self._folder = _filesystem(path)
+        self._groups = [(shard, group) for shard in self.card.shards for group in range(self._open(shard).num_row_groups)]
+
+    @property
+    def num_row_groups(self) -> int:
+        """Row groups in all shards."""
+        return len(self._groups)
+
+    def table(self) -> pa.Table:
+        """Every column but the sound itself, one row per clip, with its row group."""
+        tables = []
+        for number, (shard, group) in enumerate(self._groups):
+            table = self._read(shard, group, [name for name in self._open(shard).schema_arrow.names if name != "audio"])
+            tables.append(table.append_column("row_group", pa.repeat(pa.scalar(number, pa.int32()), len(table))))
+        return pa.concat_tables(tables).combine_chunks()
+
+    def sounds(self, row_group: int) -> list[bytes]:
+        """The encoded sounds of one row group."""
+        shard, group = self._groups[row_group]
+        audio = self._read(shard, group, ["audio"]).column("audio").combine_chunks()
+        return audio.field("bytes").to_pylist()
+
+    def _read(self, shard: str, group: int, columns: list[str]) -> pa.Table:
+        try:
+            return self._open(shard).read_row_group(group, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(shard, error) from error
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019  (few data sets live at once, and each for as long as its process)
+    def _open(self, shard: str) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self._files.open_input_file(f"{self._folder}/{shard}"))
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(shard, error) from error
+
+    def _damaged(self, shard: str, error: Exception) -> DataError:
+        return DataError(f"data.path={self.path}: {shard} is missing or damaged ({error}); pack the data set again")
+
+
+def _filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    if "://" not in path:
+        return pyarrow.fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+    try:
+        files, folder = pyarrow.fs.FileSystem.from_uri(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"data.path={path}: not a place that pyarrow can read ({error}); correct the URI") from error
+    return files, folder.rstrip("/")

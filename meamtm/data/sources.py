@@ -1,0 +1,223 @@
+"""SOURCE, a folder of sounds -> the clips in it: where each lies, what it is called, what belongs together.
+
+Three layouts are known: an ESC-50-style CSV beside `audio/`, a manifest CSV that the user names, and a folder with one
+sub-folder per class. Nothing is decoded here."""
+
+import csv
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
+
+from meamtm.errors import DataError
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+ESC_COLUMNS = {"filename", "fold", "target", "category"}
+MANIFEST_COLUMNS = {"path", "label"}
+SPLITS = ("train", "valid", "test")
+NUM_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One clip before decoding."""
+
+    clip_id: str
+    path: Path
+    labels: tuple[str, ...]
+    group: str
+    fold: int | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """All clips of a folder, with class names in the order of their label numbers."""
+
+    entries: tuple[Entry, ...]
+    classes: tuple[str, ...]
+    multi_label: bool
+    fingerprint: str
+
+
+def find_clips(source: Path, manifest: Path | None = None) -> Source:
+    """Lists the clips of a folder; DataError when it has none or its lists contradict themselves."""
+    if not source.is_dir():
+        raise DataError(f"SOURCE={source}: no such folder; name a folder with sounds in it")
+    table = manifest or _esc_table(source)
+    if manifest:
+        entries, classes = _from_manifest(source, manifest)
+    elif table:
+        entries, classes = _from_esc(source, table)
+    else:
+        entries, classes = _from_folders(source)
+    if not entries:
+        raise DataError(f"{table or source}: names no sound; expected at least one clip of each of two classes")
+    if len(classes) < 2:
+        raise DataError(f"{table or source}: all clips have one class ({classes[0]}); label at least two classes")
+    _check_unique(entries, table or source)
+    _check_groups(entries, table or source)
+    return Source(entries, classes, any(len(entry.labels) > 1 for entry in entries), _fingerprint(entries, table))
+
+
+def assign_folds(entries: Sequence[Entry]) -> list[Entry]:
+    """Gives clips without folds five, stratified by class, that keep groups together; the same ones every time."""
+    if all(entry.fold is not None for entry in entries):
+        return list(entries)
+    counts = Counter(label for entry in entries for label in entry.labels)
+    rarest = [min(entry.labels, key=lambda label: (counts[label], label)) for entry in entries]
+    groups = [entry.group for entry in entries]
+    num_folds = min(NUM_FOLDS, len(set(groups)), max(Counter(rarest).values()))
+    if num_folds < 2:
+        return [replace(entry, fold=1) for entry in entries]
+    folds = np.zeros(len(entries), np.int16)
+    deal = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0).split(np.zeros(len(entries)), rarest, groups)
+    for fold, (_, held_out) in enumerate(deal, start=1):
+        folds[held_out] = fold
+    return [replace(entry, fold=int(fold)) for entry, fold in zip(entries, folds, strict=True)]
+
+
+def _esc_table(source: Path) -> Path | None:
+    """The CSV whose columns are ESC-50's, if there is one."""
+    found = [path for folder in (source, source / "meta") for path in sorted(folder.glob("*.csv")) if ESC_COLUMNS <= _header(path)]
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(source)) for path in found)
+        raise DataError(f"SOURCE={source}: {len(found)} tables look like ESC-50's ({names}); keep one, or name one by --manifest")
+    return found[0] if found else None
+
+
+def _from_esc(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    names: dict[int, str] = {}
+    entries = []
+    for line, row in _read_table(table, ESC_COLUMNS):
+        target, category = _integer(row, "target", table, line), row["category"]
+        if names.setdefault(target, category) != category:
+            raise DataError(f"{table} line {line}: target={target} is both {names[target]} and {category}; number classes apart")
+        name = row["filename"]
+        group = row.get("src_file") or _esc_source(name)
+        path = _inside(source / "audio", name, table, line)
+        entries.append(Entry(Path(name).stem, path, (category,), group, _integer(row, "fold", table, line)))
+    classes = tuple(names[target] for target in sorted(names))
+    if len(set(classes)) < len(classes):
+        twice = Counter(classes).most_common(1)[0][0]
+        raise DataError(f"{table}: category={twice} has several targets; give each class one number")
+    return tuple(entries), classes
+
+
+def _esc_source(filename: str) -> str:
+    """FOLD-SOURCE-TAKE-TARGET names its source recording; any other name is its own."""
+    parts = Path(filename).stem.split("-")
+    return parts[1] if len(parts) == 4 else Path(filename).stem
+
+
+def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    entries = []
+    for line, row in _read_table(table, MANIFEST_COLUMNS):
+        labels = tuple(dict.fromkeys(word.strip() for word in row["label"].split(";") if word.strip()))
+        if not labels:
+            raise DataError(f"{table} line {line}: label is empty; name at least one class")
+        name = Path(row["path"])
+        path = _inside(source, row["path"], table, line)
+        clip_id = name.with_suffix("").as_posix()
+        fold = _integer(row, "fold", table, line) if row.get("fold") else None
+        split = row.get("split") or None
+        if split not in (*SPLITS, None):
+            raise DataError(f"{table} line {line}: split={split} is none of {', '.join(SPLITS)}; use one of them")
+        entries.append(Entry(clip_id, path, labels, row.get("group") or clip_id, fold, split))
+    for column in ("fold", "split"):
+        given = sum(getattr(entry, column) is not None for entry in entries)
+        if given not in (0, len(entries)):
+            raise DataError(f"{table}: {column} is empty for {len(entries) - given} of {len(entries)} clips; fill it in for all or none")
+    return tuple(entries), _sorted_labels(entries)
+
+
+def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    entries = []
+    for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+        for path in files:
+            clip_id = path.relative_to(source).with_suffix("").as_posix()
+            entries.append(Entry(clip_id, path, (folder.name,), clip_id))
+    if not entries:
+        raise DataError(
+            f"SOURCE={source}: no sounds found; expected an ESC-50-style CSV beside audio/, "
+            f"one sub-folder of {' '.join(AUDIO_SUFFIXES)} files per class, or --manifest CSV"
+        )
+    return tuple(entries), _sorted_labels(entries)
+
+
+def _sorted_labels(entries: Sequence[Entry]) -> tuple[str, ...]:
+    return tuple(sorted({label for entry in entries for label in entry.labels}))
+
+
+def _header(table: Path) -> set[str]:
+    """Column names of a CSV; none when it is not text."""
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            return set(next(csv.reader(file), []))
+    except (UnicodeDecodeError, csv.Error):
+        return set()
+
+
+def _read_table(table: Path, needed: set[str]) -> list[tuple[int, dict[str, str]]]:
+    """Rows of a CSV with their line numbers."""
+    if not table.is_file():
+        raise DataError(f"--manifest={table}: no such file; name a CSV with the columns {','.join(sorted(needed))}")
+    if missing := needed - _header(table):
+        raise DataError(f"{table}: has no column {', '.join(sorted(missing))}; it needs {','.join(sorted(needed))}")
+    rows = []
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                if empty := [column for column in sorted(needed) if not row[column]]:
+                    raise DataError(f"{table} line {reader.line_num}: {empty[0]} is empty; fill it in")
+                rows.append((reader.line_num, row))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: cannot be read as a CSV in UTF-8 ({error}); save it as one") from error
+    return rows
+
+
+def _integer(row: Mapping[str, str], column: str, table: Path, line: int) -> int:
+    try:
+        return int(row[column])
+    except ValueError as error:
+        raise DataError(f"{table} line {line}: {column}={row[column]} is not a whole number; write one") from error
+
+
+def _inside(folder: Path, name: str, table: Path, line: int) -> Path:
+    """A path below a folder; a list must not reach out of it."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{table} line {line}: {name} lies outside {folder}; write paths relative to it")
+    return folder / name
+
+
+def _check_unique(entries: Sequence[Entry], where: Path) -> None:
+    clip_id, times = Counter(entry.clip_id for entry in entries).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{where}: {times} clips are called {clip_id}; give each file a name of its own, suffix aside")
+
+
+def _check_groups(entries: Sequence[Entry], where: Path) -> None:
+    """A group lies in one fold and one split, or the test would be heard in training."""
+    for column in ("fold", "split"):
+        places = defaultdict(set)
+        for entry in entries:
+            places[entry.group].add(getattr(entry, column))
+        for group, found in places.items():
+            if len(found) > 1:
+                names = ", ".join(map(str, sorted(found)))
+                raise DataError(f"{where}: group={group} is in several {column}s ({names}); clips of one group share a {column}")
+
+
+def _fingerprint(entries: Sequence[Entry], table: Path | None) -> str:
+    """Tells cheaply whether SOURCE changed: names, sizes and times of the files, and the text of the table."""
+    state = hashlib.sha256(table.read_bytes() if table else b"")
+    for entry in entries:
+        stat = entry.path.stat() if entry.path.is_file() else None
+        state.update(repr((entry.clip_id, entry.labels, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+    return state.hexdigest()[:16]
