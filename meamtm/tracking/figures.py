@@ -1,0 +1,134 @@
+"""Counts and curves -> figures and a table that a person can read, from 2 to 60 classes.
+
+matplotlib's objects are used directly: pyplot would keep every figure alive and ask for a screen."""
+
+import csv
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Num
+
+from meamtm.tracking.sink import Metrics
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+MOST_COUNTED = 20
+"""Classes up to which every cell shows its count; beyond, the numbers would be too small to read."""
+
+
+def confusion_figure(
+    matrix: Num[np.ndarray, "label label"], classes: Sequence[str], path: Path
+) -> "matplotlib.figure.Figure":
+    """Draws clips by true class (row) and predicted class (column); a row's colours are its shares, so rows compare."""
+    from matplotlib.figure import Figure
+
+    num_classes = len(classes)
+    side_in = float(np.clip(2.2 + 0.34 * num_classes, 4.6, 17.0))
+    figure = Figure(figsize=(side_in + 0.8, side_in), layout="constrained")
+    axes = figure.add_subplot()
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    names = [_label(name) for name in classes]
+    size = 9 if num_classes <= MOST_COUNTED else 7
+    axes.set_xticks(range(num_classes), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(num_classes), names, fontsize=size)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    accuracy = matrix.trace() / max(matrix.sum(), 1)
+    axes.set_title(f"{matrix.sum():g} clips, {accuracy:.1%} right", fontsize=11)
+    if num_classes <= MOST_COUNTED:
+        _write_counts(axes, matrix, shares)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    _save(figure, path)
+    return figure
+
+
+def per_class_table(
+    matrix: Num[np.ndarray, "label label"], classes: Sequence[str], path: Path
+) -> list[dict[str, str | float]]:
+    """Writes precision, recall, F1 and support of each class, and their plain means as `macro`, as CSV.
+
+    A class that was never predicted has precision 0, and one that never occurs recall 0. Returns the rows."""
+    right = np.diagonal(matrix).astype(float)
+    support, predicted = matrix.sum(axis=1), matrix.sum(axis=0)
+    precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)
+    f1 = 2 * right / np.maximum(support + predicted, 1)
+    scores = np.stack([precision, recall, f1, support], axis=1)  # (label, score)
+    last = [*scores[:, :3].mean(axis=0), support.sum()]
+    keys = ("precision", "recall", "f1", "support")
+    rows: list[dict[str, str | float]] = [
+        {"class": name, **{key: round(float(value), 6) for key, value in zip(keys, values, strict=True)}}
+        for name, values in zip([*classes, "macro"], [*scores, last], strict=True)
+    ]
+    scratch = _scratch(path)
+    with scratch.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=["class", *keys])
+        writer.writeheader()
+        writer.writerows({**row, "support": f"{row['support']:g}"} for row in rows)
+    scratch.replace(path)
+    return rows
+
+
+def curves_figure(rows: Sequence[Metrics], path: Path) -> "matplotlib.figure.Figure":
+    """Draws losses on the left and scores between 0 and 1 on the right, by epoch; rows as `read_rows` gives them."""
+    from matplotlib.figure import Figure
+
+    keys = dict.fromkeys(key for row in rows for key in row if "/" in key)
+    losses = [key for key in keys if key.endswith("/loss")]
+    scores = [key for key in keys if key.rpartition("/")[2] in ("accuracy", "macro_f1", "map")]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_curves(left, rows, losses, "loss")
+    _draw_curves(right, rows, scores, "score")
+    left.set_ylim(bottom=0)
+    right.set_ylim(0, 1)
+    _save(figure, path)
+    return figure
+
+
+def _draw_curves(axes: "matplotlib.axes.Axes", rows: Sequence[Metrics], keys: Sequence[str], label: str) -> None:
+    for key in keys:
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(
+            *zip(*points, strict=True), label=key, linewidth=1.6, marker="o" if len(points) < 20 else "", markersize=3
+        )
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if keys:
+        axes.legend(frameon=False)
+
+
+def _write_counts(
+    axes: "matplotlib.axes.Axes", matrix: Num[np.ndarray, "label label"], shares: Num[np.ndarray, "label label"]
+) -> None:
+    """Writes each count that is not zero, white on dark cells."""
+    for true, predicted in np.argwhere(matrix > 0):
+        colour = "white" if shares[true, predicted] > 0.5 else "black"
+        text = f"{matrix[true, predicted]:g}"
+        axes.text(predicted, true, text, ha="center", va="center", color=colour, fontsize=8)
+
+
+def _label(name: str) -> str:
+    """Shortens a class name; a dollar sign would begin a formula."""
+    return (name if len(name) <= 24 else f"{name[:23]}…").replace("$", r"\$")
+
+
+def _save(figure: "matplotlib.figure.Figure", path: Path) -> None:
+    scratch = _scratch(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a script that the font lacks shows boxes
+        figure.savefig(scratch, dpi=120, format=path.suffix.removeprefix("."))
+    scratch.replace(path)
+
+
+def _scratch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,0 +1,251 @@
+"""`tracking.uri` -> an MLflow client that is known to answer, and that keeps quiet on the user's screen.
+
+Everything that is particular to MLflow stores is here: absolute SQLite paths, the first migration under a lock,
+short time limits, passwords kept out of every message. MLflow itself is imported on the first call."""
+
+import logging
+import os
+import re
+import socket
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from meamtm.config import TrackingConfig
+from meamtm.errors import ConfigError, ServiceError
+from meamtm.tracking.sink import Status
+
+if TYPE_CHECKING:
+    import mlflow
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+ANSWER_S = 4.0
+"""A server that takes longer for a first, small answer is taken to be away."""
+
+MANNERS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the mailbox tries again itself; MLflow's 7 retries take minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # MLflow's 120 s would outlast every wait of ours
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a run talks to nobody whom its configuration does not name
+}
+"""Environment defaults for MLflow in this process; a value that the user has set stays."""
+
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+def resolve_uri(tracking: TrackingConfig) -> str:
+    """Gives the URI that every process can use: `tracking.uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` here.
+
+    SQLite paths become absolute, since Ray workers run in folders of their own. Raises ConfigError for stores that
+    MLflow no longer writes to, or that forget."""
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme = urlsplit(uri).scheme
+    if scheme in ("", "file"):
+        remedy = "name a database, sqlite:///mlflow.db, or a server, http://HOST:5000"
+        raise ConfigError(
+            f"tracking.uri={hide_password(uri)}: MLflow keeps no runs in plain folders any more; {remedy}"
+        )
+    if not scheme.startswith("sqlite"):
+        return uri
+    path, mark, options = uri.partition(":///")[2].partition("?")
+    if path in ("", ":memory:"):
+        raise ConfigError(
+            f"tracking.uri={uri}: a database in memory ends with its process; name a file, sqlite:///mlflow.db"
+        )
+    return f"{scheme}:///{Path(path).expanduser().absolute()}{mark}{options}"
+
+
+def hide_password(text: str) -> str:
+    """Replaces user names and passwords in URIs (`http://user:pass@host`, `?password=...`) by `***`."""
+    text = re.sub(r"://[^\s'\"]*@", "://***@", text)
+    return re.sub(r"(?i)((?:password|passwd|pwd|token|secret)=)[^&\s'\"]+", r"\1***", text)
+
+
+def how_to_open(uri: str, run_id: str | None = None) -> str:
+    """Says in a sentence how to look at the runs there, or at one of them."""
+    page = f"/#/runs/{run_id}" if run_id else ""
+    shown = hide_password(uri).rstrip("/")
+    if urlsplit(uri).scheme in ("http", "https"):
+        return f"open {shown}{page}"
+    return f"run `mlflow ui --backend-store-uri {shown}` and open http://127.0.0.1:5000{page}"
+
+
+def connect(uri: str) -> "mlflow.MlflowClient":
+    """Returns a client of a service that has just answered; raises ServiceError within seconds otherwise."""
+    for name, value in MANNERS.items():
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow's own dependencies; there is nothing that our user could do
+        from mlflow import MlflowClient
+
+        if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+            logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs whole stack traces of what we retry
+        try:
+            _check(uri)
+            return MlflowClient(tracking_uri=uri)
+        except Exception as error:
+            raise unusable(uri, error) from None  # MLflow's message may hold the password
+
+
+def unusable(uri: str, error: Exception) -> ServiceError:
+    """Puts whatever went wrong with a service into the user's words."""
+    if isinstance(error, ServiceError):
+        return error
+    rule = "does not answer" if is_away(error) else "cannot be used"
+    remedy = "start the server or correct tracking.uri"
+    if not is_away(error):
+        remedy = (
+            "correct tracking.uri, MLFLOW_TRACKING_USERNAME and _PASSWORD or _TOKEN, or the server's --allowed-hosts"
+        )
+    if urlsplit(uri).scheme.startswith("sqlite"):
+        remedy = "take another file, or upgrade an old one by `mlflow db upgrade`"
+    without = "or go without by tracking.mlflow=false"
+    return ServiceError(f"tracking.uri={hide_password(uri)} {rule} ({explain(error)}); {remedy}, {without}")
+
+
+def is_away(error: Exception) -> bool:
+    """Tells a service that may answer later (connection, time limit, overload, locked database) from a refusal."""
+    from mlflow.exceptions import MlflowException
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None and isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    here = PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError
+    return isinstance(error, OSError) and not isinstance(error, here)
+
+
+def explain(error: Exception) -> str:
+    """Gives the first line of an error, shortened and without passwords."""
+    line = hide_password(str(error)).strip().partition("\n")[0]
+    cause = re.search(r"Connection refused|timed out|Name or service not known|Max retries exceeded", line)
+    text = cause.group().lower() if cause else line or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def insist(call: Callable[[], Result], wait_s: float = 8.0) -> Result:
+    """Repeats a call while the service is busy, as a database is that several processes open at once."""
+    deadline_s, pause_s = time.monotonic() + wait_s, 0.1
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not is_away(error) or time.monotonic() + pause_s > deadline_s:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1.0)
+
+
+def find_experiment(client: "mlflow.MlflowClient", uri: str, name: str) -> str:
+    """Returns the id of the experiment, which is created if nobody else does so first."""
+    from mlflow.exceptions import MlflowException
+
+    location = str(artifact_folder(uri) / re.sub(r"[^\w.-]", "_", name)) if uri.startswith("sqlite") else None
+    experiment = insist(lambda: client.get_experiment_by_name(name))
+    if experiment is None:
+        try:
+            return insist(lambda: client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            experiment = insist(lambda: client.get_experiment_by_name(name))
+            if experiment is None:
+                raise unusable(uri, error) from None
+    if experiment.lifecycle_stage != "active":
+        raise ServiceError(
+            f"tracking.experiment={name} was deleted on {hide_password(uri)}; restore it there, or take another name"
+        )
+    return experiment.experiment_id
+
+
+def artifact_folder(uri: str) -> Path:
+    """Where the artifacts of a SQLite store lie: `mlartifacts` beside the database."""
+    return _sqlite_path(uri).parent / "mlartifacts"
+
+
+def finish_orphans(
+    uri: str, run_ids: Iterable[str] = (), *, parent_run_id: str | None = None, status: Status = "KILLED"
+) -> int:
+    """Ends those runs, and the children of that parent, that are still RUNNING since their process died.
+
+    Returns how many it ended. A service that does not answer costs a warning."""
+    try:
+        client = connect(uri)
+        runs = [insist(lambda run_id=run_id: client.get_run(run_id)) for run_id in run_ids]
+        if parent_run_id is not None:
+            runs += _children(client, parent_run_id)
+        orphans = {run.info.run_id for run in runs if run.info.status in ("RUNNING", "SCHEDULED")}
+        for run_id in orphans:
+            insist(lambda run_id=run_id: client.set_terminated(run_id, status))
+    except Exception as error:
+        logger.warning("runs may be left RUNNING: %s", unusable(uri, error))
+        return 0
+    return len(orphans)
+
+
+def _children(client: "mlflow.MlflowClient", parent_run_id: str) -> list[Any]:
+    parent = insist(lambda: client.get_run(parent_run_id))
+    mine = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = insist(lambda token=token: client.search_runs([parent.info.experiment_id], mine, page_token=token))
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _check(uri: str) -> None:
+    """Asks for a first answer, in seconds; MLflow itself would insist for minutes."""
+    parts = urlsplit(uri)
+    kind = parts.scheme.partition("+")[0]
+    if kind in ("http", "https"):
+        _check_http(uri)
+    elif kind == "sqlite":
+        _prepare_sqlite(uri)
+    elif kind in DATABASE_PORTS and parts.hostname:
+        socket.create_connection((parts.hostname, parts.port or DATABASE_PORTS[kind]), timeout=ANSWER_S).close()
+
+
+def _check_http(uri: str) -> None:
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request, verify_rest_response
+
+    path = "/api/2.0/mlflow/experiments/search"
+    creds = get_default_host_creds(uri)
+    answer = http_request(creds, path, "POST", json={"max_results": 1}, timeout=ANSWER_S, max_retries=0)
+    assert answer is not None
+    verify_rest_response(answer, path)
+    if "json" not in answer.headers.get("Content-Type", ""):
+        raise ServiceError(
+            f"tracking.uri={hide_password(uri)} is not an MLflow server; correct it, or set tracking.mlflow=false"
+        )
+
+
+def _prepare_sqlite(uri: str) -> None:
+    """Creates and migrates the database unless it exists; one process does it, the others wait."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path = _sqlite_path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=120):
+        connection = sqlite3.connect(path)  # MLflow would try for 100 s to open what cannot be opened
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master")
+        finally:
+            connection.close()
+        SqlAlchemyStore(uri, str(artifact_folder(uri)))  # the client's own default is a folder of the worker
+
+
+def _sqlite_path(uri: str) -> Path:
+    return Path(uri.partition(":///")[2].partition("?")[0])
