@@ -1,0 +1,121 @@
+"""Log-mel spectrogram -> grid of patches. Both stems fit the `embed_layer` hook of timm's VisionTransformer, which hands
+them its image size and asks back for their grid."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+Size = tuple[int, int]
+
+
+class Stem(nn.Module):
+    """What timm asks of a patch embedding: the grid that an image of `img_size` (bands, frames) gives."""
+
+    def __init__(self, img_size: Size, patch_size: Size) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.grid_size = self.dynamic_feat_size(img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def dynamic_feat_size(self, img_size: Size) -> Size:
+        """Counts patches along bands and frames."""
+        raise TypeError(f"{type(self).__name__} does not say its grid")
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | Size:
+        """Tells by how much the grid is coarser than the spectrogram."""
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+
+class PatchStem(Stem):
+    """Maps each patch linearly; a stride below the patch size makes patches overlap (Gong 2021, section 2.1)."""
+
+    def __init__(self, img_size: Size, patch_size: Size, embed_dim: int, stride: Size, **_: object) -> None:
+        self.stride = stride
+        super().__init__(img_size, patch_size)
+        self.proj = nn.Conv2d(1, embed_dim, kernel_size=patch_size, stride=stride)
+
+    def dynamic_feat_size(self, img_size: Size) -> Size:
+        """Counts the patches that fit whole."""
+        bands, frames = (
+            (size - patch) // step + 1
+            for size, patch, step in zip(img_size, self.patch_size, self.stride, strict=True)
+        )
+        return bands, frames
+
+    def forward(self, image: Float[Tensor, "batch 1 band frame"]) -> Float[Tensor, "batch row column width"]:
+        """Gives the grid of patches, channels last."""
+        return self.proj(image).permute(0, 2, 3, 1)
+
+
+class ConvStem(Stem):
+    """Stages of two 3x3 convolutions and 2x2 average pooling, then a linear map to the encoder's width.
+
+    Small convolutions give a transformer the locality that it cannot learn from a few hundred clips (Hassani 2021,
+    Xiao 2021). Strided maps stay small, so it costs less than one block of AST-base.
+    """
+
+    def __init__(self, img_size: Size, embed_dim: int, channels: Sequence[int], **_: object) -> None:
+        self.num_stages = len(channels)
+        super().__init__(img_size, (2**self.num_stages, 2**self.num_stages))
+        sizes = zip((1, *channels[:-1]), channels, strict=True)
+        self.stages = nn.Sequential(*(_stage(fan_in, fan_out) for fan_in, fan_out in sizes))
+        self.proj = nn.Conv2d(channels[-1], embed_dim, kernel_size=1)
+        self.to(memory_format=torch.channels_last)
+
+    def dynamic_feat_size(self, img_size: Size) -> Size:
+        """Halves the size once per stage, rounding down as the pooling does."""
+        return img_size[0] >> self.num_stages, img_size[1] >> self.num_stages
+
+    def forward(self, image: Float[Tensor, "batch 1 band frame"]) -> Float[Tensor, "batch row column width"]:
+        """Gives the grid of patches, channels last."""
+        image = image.contiguous(memory_format=torch.channels_last)
+        return self.proj(self.stages(image)).permute(0, 2, 3, 1)
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the clips of all ranks together, on any device and backend.
+
+    torch's SyncBatchNorm needs CUDA. Here each rank gives its count, mean and variance, and all combine them (Chan
+    1979), so that a run's losses do not depend on the number of workers.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Normalises (batch, channel, row, column)."""
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        mean, variance, count = _pooled_moments(input)
+        with torch.no_grad():
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.detach(), self.momentum)  # type: ignore[union-attr]
+            self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)  # type: ignore[union-attr]
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return input * scale[:, None, None].to(input.dtype) + shift[:, None, None].to(input.dtype)
+
+
+def _pooled_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives mean (channel,), variance (channel,) and count () over the ranks; gradients reach every rank."""
+    local_variance, local_mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+    count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
+    mine = torch.cat((local_mean, local_variance, count))
+    rows = F.pad(mine[None], (0, 0, dist.get_rank(), dist.get_world_size() - dist.get_rank() - 1))
+    means, variances, counts = all_reduce(rows).split((x.shape[1], x.shape[1], 1), dim=1)  # (rank, channel)
+    share = counts / counts.sum()
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean).square())).sum(0), counts.sum()
+
+
+def _stage(fan_in: int, fan_out: int) -> nn.Sequential:
+    return nn.Sequential(*_convolution(fan_in, fan_out), *_convolution(fan_out, fan_out), nn.AvgPool2d(2))
+
+
+def _convolution(fan_in: int, fan_out: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(fan_in, fan_out, kernel_size=3, padding=1, bias=False)
+    return convolution, SharedBatchNorm2d(fan_out), nn.ReLU(inplace=True)
