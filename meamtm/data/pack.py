@@ -51,7 +51,9 @@ def pack(
         with whole_folder(out) as folder:
             card = _write(found, folder, strict, progress)
     elif card.num_rejected and strict:
-        raise DataError(f"{out / REJECTED}: lists {card.num_rejected} unusable files; correct them, or pack without --strict")
+        raise DataError(
+            f"{out / REJECTED}: lists {card.num_rejected} unusable files; correct them, or pack without --strict"
+        )
     return card
 
 
@@ -64,7 +66,9 @@ def _check_out(out: Path) -> None:
     names = sorted(path.name for path in out.iterdir())
     foreign = [name for name in names if name not in (CARD, REJECTED) and not SHARD_NAME.fullmatch(name)]
     if foreign or (names and CARD not in names):
-        raise DataError(f"OUT={out}: exists and is not a packed data set (holds {(foreign or names)[0]}); name another folder")
+        raise DataError(
+            f"OUT={out}: exists and is not a packed data set (holds {(foreign or names)[0]}); name another folder"
+        )
 
 
 def _already(out: Path, fingerprint: str) -> Card | None:
@@ -129,7 +133,9 @@ def _read_sounds(entries: Sequence[Entry]) -> Iterator[Sound]:
     with ThreadPoolExecutor(num_threads) as pool:
         try:
             while True:
-                waiting.extend(pool.submit(_read_sound, entry) for entry in islice(rest, 4 * num_threads - len(waiting)))
+                waiting.extend(
+                    pool.submit(_read_sound, entry) for entry in islice(rest, 4 * num_threads - len(waiting))
+                )
                 if not waiting:
                     return
                 yield waiting.popleft().result()

@@ -4,10 +4,8 @@ docs/data-format.md describes the files. Only the footer and the columns asked f
 
 import functools
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
@@ -47,10 +45,14 @@ def read_card(path: str | Path) -> Card:
         with files.open_input_stream(f"{folder}/{CARD}") as stream:
             card = json.loads(stream.read())
         if card["format"] != FORMAT:
-            raise DataError(f"data.path={path}: format {card['format']} is not {FORMAT}, which this version reads; pack it again")
+            raise DataError(
+                f"data.path={path}: format {card['format']} is not {FORMAT}, which this version reads; pack it again"
+            )
         return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in card.items()})
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"data.path={path}: no packed data set there; make one with `meamtm pack SOURCE {path}`") from error
+        raise DataError(
+            f"data.path={path}: no packed data set there; make one with `meamtm pack SOURCE {path}`"
+        ) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"data.path={path}: {CARD} cannot be read ({error}); pack the data set again") from error
 
@@ -62,7 +64,10 @@ class Packed:
         self.path = path
         self.card = read_card(path)
         self._files, self._folder = _filesystem(path)
-        self._groups = [(shard, group) for shard in self.card.shards for group in range(self._open(shard).num_row_groups)]
+
+    @functools.cached_property
+    def _groups(self) -> list[tuple[str, int]]:
+        return [(shard, group) for shard in self.card.shards for group in range(self._open(shard).num_row_groups)]
 
     @property
     def num_row_groups(self) -> int:

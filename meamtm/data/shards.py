@@ -100,11 +100,17 @@ def _schema(source: Source) -> pa.Schema:
     names = {"names": list(source.classes), "_type": "ClassLabel"}
     label = pa.field("labels", pa.list_(pa.int32())) if source.multi_label else pa.field("label", pa.int32())
     features = {
-        **{name: {"dtype": kind, "_type": "Value"} for name, kind in [("clip_id", "string"), ("sampling_rate", "int32")]},
+        **{
+            name: {"dtype": kind, "_type": "Value"}
+            for name, kind in [("clip_id", "string"), ("sampling_rate", "int32")]
+        },
         "audio": {"_type": "Audio"},
         "num_samples": {"dtype": "int64", "_type": "Value"},
         label.name: {"feature": names, "_type": "Sequence"} if source.multi_label else names,
-        **{name: {"dtype": kind, "_type": "Value"} for name, kind in [("fold", "int16"), ("group", "string"), ("split", "string")]},
+        **{
+            name: {"dtype": kind, "_type": "Value"}
+            for name, kind in [("fold", "int16"), ("group", "string"), ("split", "string")]
+        },
     }
     return pa.schema(
         [

@@ -83,10 +83,17 @@ def assign_folds(entries: Sequence[Entry]) -> list[Entry]:
 
 def _esc_table(source: Path) -> Path | None:
     """The CSV whose columns are ESC-50's, if there is one."""
-    found = [path for folder in (source, source / "meta") for path in sorted(folder.glob("*.csv")) if ESC_COLUMNS <= _header(path)]
+    found = [
+        path
+        for folder in (source, source / "meta")
+        for path in sorted(folder.glob("*.csv"))
+        if _header(path) >= ESC_COLUMNS
+    ]
     if len(found) > 1:
         names = ", ".join(str(path.relative_to(source)) for path in found)
-        raise DataError(f"SOURCE={source}: {len(found)} tables look like ESC-50's ({names}); keep one, or name one by --manifest")
+        raise DataError(
+            f"SOURCE={source}: {len(found)} tables look like ESC-50's ({names}); keep one, or name one by --manifest"
+        )
     return found[0] if found else None
 
 
@@ -96,7 +103,9 @@ def _from_esc(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, 
     for line, row in _read_table(table, ESC_COLUMNS):
         target, category = _integer(row, "target", table, line), row["category"]
         if names.setdefault(target, category) != category:
-            raise DataError(f"{table} line {line}: target={target} is both {names[target]} and {category}; number classes apart")
+            raise DataError(
+                f"{table} line {line}: target={target} is both {names[target]} and {category}; number classes apart"
+            )
         name = row["filename"]
         group = row.get("src_file") or _esc_source(name)
         path = _inside(source / "audio", name, table, line)
@@ -131,7 +140,9 @@ def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[
     for column in ("fold", "split"):
         given = sum(getattr(entry, column) is not None for entry in entries)
         if given not in (0, len(entries)):
-            raise DataError(f"{table}: {column} is empty for {len(entries) - given} of {len(entries)} clips; fill it in for all or none")
+            raise DataError(
+                f"{table}: {column} is empty for {len(entries) - given} of {len(entries)} clips; fill it in for all or none"
+            )
     return tuple(entries), _sorted_labels(entries)
 
 
@@ -211,7 +222,9 @@ def _check_groups(entries: Sequence[Entry], where: Path) -> None:
         for group, found in places.items():
             if len(found) > 1:
                 names = ", ".join(map(str, sorted(found)))
-                raise DataError(f"{where}: group={group} is in several {column}s ({names}); clips of one group share a {column}")
+                raise DataError(
+                    f"{where}: group={group} is in several {column}s ({names}); clips of one group share a {column}"
+                )
 
 
 def _fingerprint(entries: Sequence[Entry], table: Path | None) -> str:

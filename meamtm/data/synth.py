@@ -78,7 +78,9 @@ class Row:
 
 def _check(clips_per_class: int, clip_s: float, sample_rate_hz: int) -> None:
     if clips_per_class < NUM_FOLDS:
-        raise DataError(f"clips_per_class={clips_per_class}: every class needs a clip in each of {NUM_FOLDS} folds; raise it")
+        raise DataError(
+            f"clips_per_class={clips_per_class}: every class needs a clip in each of {NUM_FOLDS} folds; raise it"
+        )
     if not 0.1 <= clip_s <= 60:
         raise DataError(f"clip_s={clip_s:g}: a clip lasts 0.1 to 60 s; choose a length in between")
     if not 4_000 <= sample_rate_hz <= 192_000:
@@ -97,7 +99,9 @@ def _is_there(out: Path, settings: dict[str, float], rows: list[Row]) -> bool:
         raise DataError(f"{out}: exists and is not this sound set; name another folder or move it away")
     missing = {row.filename for row in rows} - {path.name for path in (out / "audio").glob("*.wav")}
     if missing or not (out / "synth.csv").is_file():
-        raise DataError(f"{out}: the sound set there is incomplete ({len(missing)} clips are missing); remove the folder")
+        raise DataError(
+            f"{out}: the sound set there is incomplete ({len(missing)} clips are missing); remove the folder"
+        )
     return True
 
 
@@ -125,7 +129,9 @@ def _clip(row: Row, num_samples: int, rate_hz: int, seed: int) -> Wave:
     return np.clip(_gain(take.uniform(-36, -15)) * _unit(clip), -1, 1)
 
 
-def _event(category: str, num_samples: int, rate_hz: int, source: np.random.Generator, take: np.random.Generator) -> Wave:
+def _event(
+    category: str, num_samples: int, rate_hz: int, source: np.random.Generator, take: np.random.Generator
+) -> Wave:
     """A sound of one class somewhere in silence, at unit power over its own duration."""
     pitch_hz = _between(source, 150, min(2_000, rate_hz / 6))
     length = max(64, round(num_samples * take.uniform(0.35, 1.0)))

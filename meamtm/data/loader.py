@@ -1,0 +1,137 @@
+"""Clips -> batches of waveforms, dealt to ranks.
+
+The order of an epoch is a function of (seed, epoch) alone. Each epoch has the same number of global batches, whose sizes
+differ by one at most; rank r takes the r-th of every `world_size` clips of each. So every clip is heard exactly once, all
+ranks take as many steps, and the two integers (epoch, batch) are the whole cursor.
+
+Memory is reused: rows are copied into a buffer that nobody refers to any more, because fresh pages cost more than the
+copy. A batch that is kept stays as it is, and then the next one gets a buffer of its own."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float32, Int16, Int64
+
+from meamtm.data.clips import Clips
+from meamtm.data.stream import KEPT_ROW_GROUPS
+from meamtm.errors import ConfigError, DataError
+
+MAX_WINDOWS = 8
+"""Windows into which evaluation cuts a long clip, at most."""
+MAX_BUFFERS = 4
+UNUSED = 2
+"""What sys.getrefcount gives for an array that only the list of buffers refers to."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch of `num_global` clips."""
+
+    waveform: Int16[np.ndarray, "batch time"]
+    target: Float32[np.ndarray, "batch label"]
+    index: Int64[np.ndarray, " batch"]
+    num_global: int
+
+
+class Loader:
+    """Deals clips to one rank, `clip_samples` at a time.
+
+    Training hears each clip once per epoch, cropped at random when it is longer. Evaluation keeps the order and cuts a
+    longer clip into at most 8 evenly spaced windows, so that `Batch.index` may name a clip several times.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        indices: Int64[np.ndarray, " index"],
+        clip_samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        train: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._clips, self._clip_samples, self._seed = clips, clip_samples, seed
+        self._rank, self._world_size = rank, world_size
+        spare = np.maximum(clips.num_samples[indices] - clip_samples, 0)  # samples beyond what is heard at once
+        self._train, self._indices, self._spare = train, indices, spare
+        if not train:
+            self._indices, self._starts = _windows(indices, spare, clip_samples)
+        num_heard = len(self._indices)
+        self.num_batches = -(-num_heard // batch_size)
+        _check(num_heard, batch_size, self.num_batches, world_size)
+        self._edges = np.arange(self.num_batches + 1) * num_heard // self.num_batches
+        self._targets = clips.targets
+        self._buffers: list[Int16[np.ndarray, "batch time"]] = []
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields the batches of an epoch from number `start` on."""
+        indices, starts = self._deal(epoch)
+        for low, high in pairwise(self._edges[start:].tolist()):
+            mine = slice(low + self._rank, high, self._world_size)
+            yield self._batch(indices[mine], starts[mine], high - low)
+
+    def _deal(self, epoch: int) -> tuple[Int64[np.ndarray, " heard"], Int64[np.ndarray, " heard"]]:
+        """Clips in the order of an epoch, and the sample from which each is heard."""
+        if not self._train:
+            return self._indices, self._starts
+        order = _shuffle(self._clips.waveforms.pools(), self._indices, np.random.default_rng((self._seed, epoch, 0)))
+        indices = self._indices[order]
+        if not self._spare.any():
+            return indices, np.zeros_like(indices)
+        where = np.random.default_rng((self._seed, epoch, 1)).random(len(self._clips))  # by clip, so by no rank
+        return indices, (where[indices] * (self._spare[order] + 1)).astype(np.int64)
+
+    def _batch(
+        self, indices: Int64[np.ndarray, " batch"], starts: Int64[np.ndarray, " batch"], num_global: int
+    ) -> Batch:
+        waveform = self._buffer()[: len(indices)]
+        self._clips.waveforms.fill(indices, starts, waveform)
+        return Batch(waveform, self._targets[indices], indices, num_global)
+
+    def _buffer(self) -> Int16[np.ndarray, "batch time"]:
+        """A buffer that no batch, array or tensor refers to."""
+        for place in range(len(self._buffers)):
+            if sys.getrefcount(self._buffers[place]) == UNUSED:
+                return self._buffers[place]
+        most = -(-int(np.diff(self._edges).max()) // self._world_size)
+        buffer = np.empty((most, self._clip_samples), np.int16)
+        self._buffers = [*self._buffers[-MAX_BUFFERS + 1 :], buffer]
+        return buffer
+
+
+def _windows(
+    indices: Int64[np.ndarray, " index"], spare: Int64[np.ndarray, " index"], clip_samples: int
+) -> tuple[Int64[np.ndarray, " window"], Int64[np.ndarray, " window"]]:
+    """Cuts each clip into evenly spaced windows, the last one ending where the clip does."""
+    counts = np.minimum(1 + -(-spare // clip_samples), MAX_WINDOWS)  # (index,)
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # (window,): 0, 1, .. of its clip
+    return np.repeat(indices, counts), np.repeat(spare, counts) * number // np.repeat(np.maximum(counts - 1, 1), counts)
+
+
+def _shuffle(
+    pools: Int64[np.ndarray, " clip"] | None, indices: Int64[np.ndarray, " index"], rng: np.random.Generator
+) -> Int64[np.ndarray, " index"]:
+    """A random order; where reading order matters, clips mix within a bounded number of row groups dealt like cards."""
+    order = rng.permutation(len(indices))
+    if pools is None:
+        return order
+    places = rng.permutation(pools.max() + 1) // KEPT_ROW_GROUPS  # (row group,)
+    return order[np.argsort(places[pools[indices[order]]], kind="stable")]
+
+
+def _check(num_heard: int, batch_size: int, num_batches: int, world_size: int) -> None:
+    """Every rank must get a clip of every batch."""
+    if num_heard < world_size:
+        raise DataError(
+            f"{num_heard} clips cannot be dealt to scale.workers={world_size}; add clips or lower scale.workers"
+        )
+    if num_heard // num_batches < world_size:
+        raise ConfigError(
+            f"train.batch_size={batch_size} makes batches of {num_heard // num_batches} clips, fewer than "
+            f"scale.workers={world_size}; raise train.batch_size or lower scale.workers"
+        )
