@@ -1,0 +1,174 @@
+"""The searcher tells Optuna the truth, and another searcher over the same file continues the study. No Ray cluster."""
+
+import math
+
+import pytest
+from optuna.trial import TrialState
+
+from meamtm.errors import ConfigError
+from tune.history import best, open_study, requeue, rows, settle, trained
+from tune.plan import Plan, load_plan
+from tune.search import TruthfulSearch
+
+STUDY = """
+name: s
+set:
+  data: {valid_fold: 2}
+  train: {epochs: 3}
+  encoder: {stem_channels: [8, 16], head_dim: 16}
+space:
+  optim.lr: {log_uniform: [1.0e-4, 1.0e-2]}
+  optim.schedule: {choice: [cosine, step]}
+  optim.step_gamma: {uniform: [0.1, 0.9], when: {optim.schedule: step}}
+  encoder.heads: {int: [1, 4]}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path) -> Plan:
+    return make_plan(tmp_path)
+
+
+def make_plan(folder, *words: str) -> Plan:
+    (folder / "study.yaml").write_text(STUDY)
+    return load_plan(folder / "study.yaml", [f"studies_dir={folder}/studies", *words])
+
+
+def report(search: TruthfulSearch, trial_id: str, *values: float) -> dict[str, float]:
+    result = {}
+    for epoch, value in enumerate(values, start=1):
+        result = {"epoch": epoch, "valid/accuracy": value, "training_iteration": epoch}
+        search.on_trial_result(trial_id, result)
+    return result
+
+
+def test_each_end_is_told_as_it_was(plan):
+    search = TruthfulSearch(plan)
+    for trial_id in "abcde":
+        search.suggest(trial_id)
+    search.on_trial_complete("a", report(search, "a", 0.1, 0.2, 0.9))
+    search.on_trial_complete("b", report(search, "b", 0.1, 0.2))
+    search.on_trial_complete("c", report(search, "c", 0.1, 0.2, math.nan))
+    report(search, "d", 0.3)
+    search.on_trial_complete("d", error=True)
+    search.on_trial_result("e", {"failure": "loss is not finite at step 7"})
+    search.on_trial_complete("e", {"failure": "loss is not finite at step 7"})
+
+    told = [(trial.state, trial.value, trial.intermediate_values) for trial in open_study(plan).trials]
+    assert told == [
+        (TrialState.COMPLETE, 0.9, {1: 0.1, 2: 0.2, 3: 0.9}),
+        (TrialState.PRUNED, 0.2, {1: 0.1, 2: 0.2}),
+        (TrialState.FAIL, None, {1: 0.1, 2: 0.2}),
+        (TrialState.FAIL, None, {1: 0.3}),
+        (TrialState.FAIL, None, {}),
+    ]
+    errors = [row.error for row in rows(open_study(plan))]
+    assert errors[2:] == ["no finite valid/accuracy was reported", "its worker died", "loss is not finite at step 7"]
+
+
+def test_an_early_stop_keeps_the_epoch_that_it_was_stopped_at(plan):
+    """Tune passes the last result of a stopped trial to `on_trial_complete` alone."""
+    search = TruthfulSearch(plan)
+    search.suggest("a")
+    report(search, "a", 0.1)
+    search.on_trial_complete("a", {"epoch": 2, "valid/accuracy": 0.4})
+    (trial,) = open_study(plan).trials
+    assert (trial.state, trial.value, trial.intermediate_values) == (TrialState.PRUNED, 0.4, {1: 0.1, 2: 0.4})
+
+
+def test_a_trial_of_a_killed_driver_is_asked_again_with_its_number_and_values(plan):
+    first = TruthfulSearch(plan)
+    asked = [first.suggest(trial_id) for trial_id in "abc"]
+    first.on_trial_complete("a", report(first, "a", 0.1, 0.2, 0.3))
+    report(first, "b", 0.5)
+
+    study = open_study(plan)
+    assert requeue(study) == 2
+    second = TruthfulSearch(plan)
+    assert [second.suggest(trial_id) for trial_id in "de"] == asked[1:]
+    assert second.suggest("f")["number"] == 3
+    second.on_trial_complete("d", report(second, "d", 0.5, 0.6, 0.7))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "RUNNING", "RUNNING"]
+
+
+def test_a_resumed_study_suggests_what_an_uninterrupted_one_does(tmp_path):
+    def suggestions(folder, *restarts: int) -> list[dict]:
+        plan = make_plan(folder)
+        runs, search = [], TruthfulSearch(plan)
+        for number in range(12):
+            if number in restarts:
+                requeue(open_study(plan))
+                search = TruthfulSearch(plan)
+            runs.append(search.suggest(str(number))["run"])
+            search.on_trial_complete(str(number), report(search, str(number), *[runs[-1]["optim.lr"]] * 3))
+        return [{key: value for key, value in run.items() if key != "runs_dir"} for run in runs]
+
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    whole, resumed = suggestions(tmp_path / "whole"), suggestions(tmp_path / "resumed", 4, 11)
+    assert whole == resumed
+    assert len({run["optim.lr"] for run in whole}) == 12
+
+
+def test_start_points_come_first_and_once(tmp_path):
+    plan = make_plan(
+        tmp_path, "start=[{optim.lr: 1e-3, encoder.heads: 2}, {optim.schedule: step, optim.step_gamma: 0.5}]"
+    )
+    first = TruthfulSearch(plan).suggest("a")["run"]
+    assert (first["optim.lr"], first["encoder.heads"]) == (1e-3, 2)
+    second = TruthfulSearch(plan).suggest("b")["run"]
+    assert (second["optim.schedule"], second["optim.step_gamma"]) == ("step", 0.5)
+    assert TruthfulSearch(plan).suggest("c")["number"] == 2
+
+
+def test_what_exceeds_a_limit_is_rejected_and_not_counted(tmp_path):
+    plan = make_plan(tmp_path, "limits.max_params=40000", "trials=3")
+    search = TruthfulSearch(plan)
+    heads = [search.suggest(str(index))["run"]["encoder.heads"] for index in range(6)]
+    study = open_study(plan)
+    refused = [trial for trial in study.trials if "rejected" in trial.user_attrs]
+    assert refused, "the space reaches over the limit, so something must have been refused"
+    assert {trial.state for trial in refused} == {TrialState.PRUNED}
+    assert all(trial.params["encoder.heads"] > max(heads) for trial in refused)
+    assert trained(study) == []
+    assert "exceed limits.max_params=40000" in refused[0].user_attrs["rejected"]
+
+
+def test_limits_that_nothing_meets_end_the_study(tmp_path):
+    search = TruthfulSearch(make_plan(tmp_path, "limits.max_params=10"))
+    with pytest.raises(ConfigError, match=r"limits: 50 suggestions in a row .* loosen the limits or narrow the space"):
+        search.suggest("a")
+
+
+def test_too_many_failures_end_the_study(tmp_path):
+    search = TruthfulSearch(make_plan(tmp_path, "max_failed_trials=1"))
+    for trial_id in "ab":
+        search.suggest(trial_id)
+        search.on_trial_complete(trial_id, error=True)
+    with pytest.raises(
+        ConfigError, match="max_failed_trials=1: 2 trials have failed, the last of them, trial 1, by: its worker died"
+    ):
+        search.suggest("c")
+
+
+def test_a_time_budget_prunes_what_it_cuts_short(plan):
+    search = TruthfulSearch(plan)
+    for trial_id in "ab":
+        search.suggest(trial_id)
+    report(search, "a", 0.1, 0.4)
+    settle(open_study(plan))
+    cut, untouched = open_study(plan).trials
+    assert (cut.state, cut.value, cut.user_attrs["stopped_by"]) == (TrialState.PRUNED, 0.4, "time_budget_s")
+    assert untouched.state == TrialState.WAITING
+
+
+def test_the_best_trial_is_one_that_trained_to_its_end(plan):
+    search = TruthfulSearch(plan)
+    assert best(search.study, "max") is None
+    for trial_id, values in {"a": [0.9], "b": [0.1, 0.2, 0.3], "c": [0.1, 0.2, 0.5], "d": [0.1, 0.2, 0.5]}.items():
+        search.suggest(trial_id)
+        search.on_trial_complete(trial_id, report(search, trial_id, *values))
+        if trial_id == "a":
+            assert best(search.study, "max").number == 0, "nothing else there is"
+    assert best(search.study, "max").number == 2
+    assert best(search.study, "min").number == 1

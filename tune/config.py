@@ -1,0 +1,83 @@
+"""What a study is: settings as a YAML file holds them, each with its meaning and default."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from meamtm.config import Section, build, flatten
+from meamtm.errors import ConfigError
+from tune.space import Range, number, parse_ranges
+
+
+class AshaConfig(Section):
+    """Asynchronous successive halving (Li 2020): hopeless trials end early."""
+
+    enabled: bool = Field(default=True, description="false: every trial trains to its end")
+    grace_epochs: int = Field(
+        default=10, ge=1, description="epochs that every trial gets; from train.epochs on, all of them"
+    )
+    reduction: float = Field(default=3.0, gt=1, le=100, description="of this many trials at a rung, about one goes on")
+
+
+class LimitsConfig(Section):
+    """What a model may cost at most; suggestions over a limit are rejected before they train."""
+
+    max_params: int | None = Field(default=None, ge=1, description="trainable parameters; null: no limit")
+    max_macs: float | None = Field(
+        default=None, gt=0, description="multiply-adds of one clip's forward pass; null: no limit"
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="tokens that the encoder sees; null: no limit")
+
+
+class StudyConfig(Section):
+    """Everything that a study is."""
+
+    name: str = Field(
+        "study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the study folder's name"
+    )
+    studies_dir: str = Field("studies", description="folder of all study folders")
+    base: str | None = Field(None, description="YAML file of the run that trials start from; null: the defaults")
+    set: dict[str, Any] = Field({}, description="changes to the base run: dotted keys and values")
+    space: dict[str, Range] = Field({}, description="searched keys: log_uniform, uniform, int or choice, and when")
+    start: tuple[dict[str, Any], ...] = Field((), description="points to try first; keys left out are suggested")
+    objective: str = Field("valid/accuracy", min_length=1, description="metric of the last epoch that is compared")
+    mode: Literal["max", "min"] = Field("max", description="whether more or less of it is better")
+    trials: int = Field(20, ge=1, le=100_000, description="trials in all, those of earlier commands included")
+    startup_trials: int = Field(8, ge=1, description="random trials before TPE begins to learn from them")
+    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as the cluster holds")
+    max_failed_trials: int = Field(3, ge=0, description="failed trials that a study survives")
+    time_budget_s: float | None = Field(None, gt=0, description="seconds of searching per command; null: no limit")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the suggestions; a trial's own seed is train.seed")
+    asha: AshaConfig = AshaConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _flat_set(cls, given: Any) -> Any:
+        return flatten(given) if isinstance(given, Mapping) else given
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _flat_space(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {key: _range(key, below) for key, below in parse_ranges(given).items()}
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _flat_start(cls, given: Any) -> Any:
+        if not isinstance(given, list | tuple):
+            return given
+        return [_point(point) if isinstance(point, Mapping) else point for point in given]
+
+
+def _range(key: str, given: Mapping[str, Any]) -> Range:
+    try:
+        return build(Range, given)
+    except ConfigError as error:
+        raise ConfigError(f"space.{key}: {error}") from error
+
+
+def _point(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: number(value) for key, value in flatten(given).items()}

@@ -1,0 +1,206 @@
+"""A study file and KEY=VALUE words -> one checked `Plan`: settings, base run, space, and the study's own folder.
+
+Everything that can be wrong is found here, before Ray, Optuna or MLflow are even imported."""
+
+import difflib
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meamtm.config import (
+    RunConfig,
+    Value,
+    build,
+    differences,
+    flatten,
+    from_flat,
+    known_keys,
+    load,
+    override,
+    parse_changes,
+    read_yaml,
+    signature,
+    write_yaml,
+)
+from meamtm.errors import ConfigError
+from tune.config import StudyConfig
+from tune.space import Range, Space, encode, parse_ranges
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study that can be run: every corner of its space and every start point builds a valid run."""
+
+    config: StudyConfig
+    base: RunConfig
+    space: Space
+
+    @property
+    def signature(self) -> str:
+        """Names a study: 8 hex digits over what its trials are; how many there are, where and how long is left out."""
+        science = {
+            "base": signature(self.base),
+            "space": {key: searched.model_dump(mode="json") for key, searched in self.config.space.items()},
+            "start": self.config.start,
+            "objective": [self.config.objective, self.config.mode],
+            "seed": self.config.seed,
+            "limits": flatten(self.config.limits),
+        }
+        return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def name(self) -> str:
+        """Name and signature: the study's folder, its Optuna study and its MLflow run."""
+        return f"{self.config.name}-{self.signature}"
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this study lies."""
+        return Path(self.config.studies_dir).expanduser().resolve() / self.name
+
+    def trial(self, number: int, point: Mapping[str, Value]) -> RunConfig:
+        """The run of one trial, in its own folder inside the study's; raises ConfigError where a point builds none."""
+        place = {"name": f"trial-{number:04d}", "runs_dir": str(self.folder / "trials")}
+        return override(self.base, {**point, **place})
+
+    def write(self) -> None:
+        """Keeps the complete study beside its results; the file starts the same study again."""
+        settings = self.config.model_dump(mode="json", by_alias=True, exclude={"base", "set", "space"})
+        space = {
+            key: searched.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+            for key, searched in self.config.space.items()
+        }
+        tree = {**settings, "set": differences(self.base), "space": space}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(self.folder / "study.yaml", tree, f"python -m tune {self.folder.name}/study.yaml")
+
+
+def load_plan(path: str | Path, words: Sequence[str] = ()) -> Plan:
+    """Reads a study file; KEY=VALUE words change the study, or, where they name keys of a run, its base run."""
+    flat = _merge(_flatten_study(read_yaml(path)), parse_changes(words))
+    config = build(StudyConfig, flat)
+    if not config.space:
+        raise ConfigError(
+            f"{path}: space is empty, so nothing is searched; add for example optim.lr: {{log_uniform: [1e-4, 1e-2]}}"
+        )
+    base = load(config.base, config.set) if config.base is not None else from_flat(config.set)
+    if base.data.valid_fold is None:
+        raise ConfigError(
+            "data.valid_fold=None: a study chooses on an inner validation fold, never on data.test_fold "
+            f"({base.data.test_fold}); set data.valid_fold to another fold"
+        )
+    plan = Plan(config, base, Space(config.space))
+    _check_keys(plan)
+    _check_conditions(plan)
+    _check_corners(plan)
+    _check_start(plan)
+    return plan
+
+
+def _flatten_study(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in tree.items() if key not in ("space", "set")}
+    flat = flatten(flat)
+    flat |= {f"set.{key}": value for key, value in flatten(tree.get("set") or {}).items()}
+    return flat | {f"space.{key}": value for key, value in parse_ranges(tree.get("space") or {}).items()}
+
+
+def _merge(flat: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of a study's keys replace them; others go to the base run. `space.KEY=null` stops searching a key."""
+    for key, value in changes.items():
+        if key.partition(".")[0] not in StudyConfig.model_fields:
+            flat[f"set.{_known(key, value)}"] = value
+        elif key.startswith("space.") and value is None:
+            flat.pop(key, None)
+        else:
+            flat[key] = value
+    return flat
+
+
+def _known(key: str, value: Value) -> str:
+    known = known_keys(RunConfig)
+    if key not in known:
+        near = difflib.get_close_matches(key, [*known_keys(StudyConfig), *known], n=1, cutoff=0.4)
+        raise ConfigError(
+            f"{key}={value!r}: no such key of a study or a run" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return key
+
+
+def _check_keys(plan: Plan) -> None:
+    known = known_keys(RunConfig)
+    fixed = ("data.test_fold", "data.valid_fold", "data.path", "name", "runs_dir", "train.epochs")
+    for key in plan.space.ranges:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            raise ConfigError(
+                f"space.{key}: no such key of a run" + (f"; did you mean {near[0]}?" if near else "; see `meamtm show`")
+            )
+        if key in fixed or key.startswith(("scale.", "tracking.")):
+            raise ConfigError(
+                f"space.{key}: trials that differ in it cannot be compared; set {key} once for all of them"
+            )
+    for key in plan.config.set:
+        if key in plan.space.ranges and plan.space.active(key, {}):
+            raise ConfigError(
+                f"set.{key}={plan.config.set[key]!r}: {key} is searched, so this does nothing; remove one of them"
+            )
+
+
+def _check_corners(plan: Plan) -> None:
+    """Every outermost value builds a run, beside the base run's values or beside some other point of the space."""
+    generator = random.Random(0)  # noqa: S311
+    for key, searched in plan.space.ranges.items():
+        for corner in searched.corners():
+            fixed = {**plan.space.parents(key), key: corner}
+            if (problem := _problem(plan, fixed)) is not None and all(
+                _problem(plan, plan.space.draw(generator, fixed)) is not None for _ in range(50)
+            ):
+                raise ConfigError(f"space.{key}: {corner!r} builds no run: {problem}")
+
+
+def _check_conditions(plan: Plan) -> None:
+    for key, searched in plan.space.ranges.items():
+        for parent, wanted in searched.when.items():
+            for value in wanted if isinstance(wanted, list) else [wanted]:
+                if not plan.space.ranges[parent].contains(value):
+                    raise ConfigError(
+                        f"space.{key}.when.{parent}={value!r}: {parent} never has that value "
+                        f"({_bounds(plan.space.ranges[parent])}); correct the condition"
+                    )
+
+
+def _check_start(plan: Plan) -> None:
+    for position, point in enumerate(plan.config.start):
+        for key, value in point.items():
+            where = f"start[{position}].{key}={value!r}"
+            if key not in plan.space.ranges:
+                near = difflib.get_close_matches(key, list(plan.space.ranges), n=1, cutoff=0.4)
+                raise ConfigError(
+                    f"{where}: {key} is not searched; "
+                    + (f"did you mean {near[0]}?" if near else "add it to the space")
+                )
+            if not plan.space.ranges[key].contains(value):
+                raise ConfigError(
+                    f"{where}: outside its range ({_bounds(plan.space.ranges[key])}); widen the range or move the point"
+                )
+            if not plan.space.active(key, point):
+                needed = ", ".join(f"{parent}={wanted!r}" for parent, wanted in plan.space.parents(key).items())
+                raise ConfigError(f"{where}: exists only with {needed}; add that to the point or drop {key}")
+        if (problem := _problem(plan, point)) is not None:
+            raise ConfigError(f"start[{position}] builds no run: {problem}")
+
+
+def _problem(plan: Plan, point: Mapping[str, Value]) -> str | None:
+    try:
+        override(plan.base, point)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _bounds(searched: Range) -> str:
+    return ", ".join(str(encode(corner)).removeprefix("json:") for corner in searched.corners())

@@ -1,0 +1,140 @@
+"""Optuna's suggestions -> Ray Tune's trials, and the truth about each trial -> Optuna.
+
+Ray's OptunaSearch tells Optuna that a trial which the scheduler stopped early is COMPLETE with its early value, and
+drops NaN. Here it is PRUNED with the values of its epochs, a failed one is FAIL, and only a trial that reached its last
+epoch is COMPLETE."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.samplers import TPESampler
+from optuna.trial import TrialState
+from ray.tune.search.optuna import OptunaSearch
+
+from meamtm.config import Value, flatten, signature
+from meamtm.errors import ConfigError
+from tune.history import failed, judge, open_storage
+from tune.limits import excess
+from tune.plan import Plan
+from tune.space import encode
+
+REJECTED_IN_A_ROW = 50
+"""Suggestions over the limits, one after another, before a study gives up."""
+
+STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+
+
+class TruthfulSearch(OptunaSearch):
+    """Suggests the runs of a plan; its only memory is the study's file, so that any later driver continues it."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(
+            space=plan.space,
+            metric=plan.config.objective,
+            mode=plan.config.mode,
+            study_name=plan.name,
+            storage=open_storage(plan),
+            sampler=make_sampler(plan, 0),
+        )
+        self.plan = plan
+        for point in plan.config.start:
+            encoded = {key: encode(value) for key, value in point.items()}
+            self.study.enqueue_trial(encoded, skip_if_exists=True)
+
+    @property
+    def study(self) -> optuna.Study:
+        """The Optuna study behind the suggestions."""
+        assert self._ot_study is not None
+        return self._ot_study
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Returns what `run_trial` needs; raises ConfigError where nothing feasible is found or too much has failed."""
+        self._check_failures()
+        reason = None
+        for _ in range(REJECTED_IN_A_ROW):
+            trial = self._ask()
+            point = self.plan.space(trial)
+            reason = self._reject(trial, point)
+            if reason is None:
+                run = self.plan.trial(trial.number, point)
+                trial.set_user_attr("ray_trial_id", trial_id)
+                trial.set_user_attr("signature", signature(run))
+                self._ot_trials[trial_id] = trial
+                return {"number": trial.number, "objective": self.plan.config.objective, "run": flatten(run)}
+        raise ConfigError(
+            f"limits: {REJECTED_IN_A_ROW} suggestions in a row build no run within them (the last: {reason}); "
+            "loosen the limits or narrow the space"
+        )
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Keeps an epoch's objective, or the reason why a trial is about to fail."""
+        trial = self._ot_trials[trial_id]
+        if result.get("failure"):
+            trial.set_user_attr("error", result["failure"])
+        self._keep(trial, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tells Optuna how the trial ended."""
+        trial = self._ot_trials.get(trial_id)
+        if trial is None or trial_id in self._completed_trials:
+            return
+        self._completed_trials.add(trial_id)
+        ended = "failed" if error else judge(result, self.plan.config.objective, self.plan.base.train.epochs)
+        if result:
+            self._keep(trial, result)
+        if ended == "failed" and "error" not in trial.user_attrs:
+            trial.set_user_attr("error", "its worker died" if error else f"no finite {self.metric} was reported")
+        value = result[self.plan.config.objective] if result and ended == "complete" else None
+        self.study.tell(trial, value, state=STATES[ended])
+
+    def note(self, trial_id: str, key: str, value: str) -> None:
+        """Attaches a fact to a trial that has not ended: its MLflow run, its checkpoint."""
+        self._ot_trials[trial_id].set_user_attr(key, value)
+
+    def _ask(self) -> optuna.Trial:
+        # Randomness comes from the seed and the trial's number alone. One generator for all trials would begin again
+        # in a resumed study and suggest its first trials a second time.
+        self.study.sampler = make_sampler(self.plan, len(self.study.get_trials(deepcopy=False)))
+        return self.study.ask()
+
+    def _reject(self, trial: optuna.Trial, point: Mapping[str, Value]) -> str | None:
+        """Ends a suggestion that builds no run, or one over the limits, and returns why; Optuna learns to avoid it."""
+        over, reason = excess(self.plan, trial.number, point)
+        if not trial.constraints:
+            trial.set_constraint("limits", over)
+        if reason is not None:
+            trial.set_user_attr("rejected", reason)
+            self.study.tell(trial, state=TrialState.PRUNED)
+        return reason
+
+    def _keep(self, trial: optuna.Trial, result: Mapping[str, Any]) -> None:
+        value, epoch = result.get(self.plan.config.objective), result.get("epoch")
+        if value is not None and epoch is not None and math.isfinite(value):
+            # Written past Trial.report, which warns when a resumed trial measures an epoch again.
+            self.study._storage.set_trial_intermediate_value(trial._trial_id, int(epoch), float(value))
+
+    def _check_failures(self) -> None:
+        gone = failed(self.study)
+        if len(gone) > self.plan.config.max_failed_trials:
+            last = gone[-1]
+            raise ConfigError(
+                f"max_failed_trials={self.plan.config.max_failed_trials}: {len(gone)} trials have failed, the last of "
+                f"them, trial {last.number}, by: {last.user_attrs.get('error')}; narrow the space or correct the base run"
+            )
+
+
+def make_sampler(plan: Plan, number: int) -> TPESampler:
+    """TPE whose random state belongs to one trial; conditional spaces are searched group by group."""
+    seed = int(np.random.SeedSequence([plan.config.seed, number]).generate_state(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group`, there since Optuna 2.8
+        return TPESampler(
+            seed=seed,
+            n_startup_trials=plan.config.startup_trials,
+            multivariate=True,
+            group=plan.space.is_conditional,
+        )
