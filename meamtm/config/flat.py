@@ -134,7 +134,7 @@ def build(model: type[Model], flat: Mapping[str, Any]) -> Model:
         raise ConfigError("; ".join(_explain(model, problem) for problem in error.errors()[:3])) from error
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:  # noqa: ANN401
+def _explain(model: type[BaseModel], problem: Any) -> str:
     key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(model), n=1, cutoff=0.4)
@@ -160,7 +160,7 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _field(model: type[BaseModel], key: str) -> Any:  # noqa: ANN401
+def _field(model: type[BaseModel], key: str) -> Any:
     field = None
     for part in key.split("."):
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None

@@ -116,7 +116,7 @@ class EncoderConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _width_is_heads_times_head_dim(cls, given: Any) -> Any:  # noqa: ANN401
+    def _width_is_heads_times_head_dim(cls, given: Any) -> Any:
         """Accepts `width` as a claim to be checked; it is never stored, since two other keys make it."""
         if not isinstance(given, Mapping) or "width" not in given:
             return given
@@ -241,7 +241,7 @@ class RunConfig(Section):
 
     @field_validator("name", "runs_dir", mode="before")
     @classmethod
-    def _word(cls, value: Any) -> Any:  # noqa: ANN401
+    def _word(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @property

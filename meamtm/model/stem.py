@@ -43,8 +43,7 @@ class PatchStem(Stem):
     def dynamic_feat_size(self, img_size: Size) -> Size:
         """Counts the patches that fit whole."""
         bands, frames = (
-            (size - patch) // step + 1
-            for size, patch, step in zip(img_size, self.patch_size, self.stride, strict=True)
+            (size - patch) // step + 1 for size, patch, step in zip(img_size, self.patch_size, self.stride, strict=True)
         )
         return bands, frames
 

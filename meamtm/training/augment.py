@@ -1,0 +1,115 @@
+"""Training clips -> changed training clips: waveforms are shifted, sped up, made louder, noisier and mixed; spectrograms
+are masked. Every draw comes from the generator that is passed in."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from meamtm.config import AugmentConfig, MixConfig
+
+Waveform = Float[Tensor, "batch time"]
+Target = Float[Tensor, "batch label"]
+NOISE_RANGE_DB = 30.0
+"""Added noise lies from `augment.noise_db` up to this far above it."""
+
+
+def augment_waveform(waveform: Waveform, config: AugmentConfig, generator: torch.Generator) -> Waveform:
+    """Changes each clip on its own; samples stay in about -1..1."""
+    waveform = _roll_and_speed(waveform, config, generator)
+    if config.gain_db > 0:
+        gain_db = _uniform(len(waveform), -config.gain_db, config.gain_db, generator).to(waveform.device)
+        waveform = waveform * (10 ** (gain_db / 20))[:, None]
+    if config.noise_db is not None:
+        waveform = _add_noise(waveform, config.noise_db, generator)
+    return waveform
+
+
+def mix(waveform: Waveform, target: Target, config: MixConfig, generator: torch.Generator) -> tuple[Waveform, Target]:
+    """Adds to each clip another one of the batch, and to its target the other's, in shares that sum to 1."""
+    if config.kind == "none" or len(waveform) < 2 or _uniform(1, 0, 1, generator).item() >= config.prob:
+        return waveform, target
+    shift = int(torch.randint(1, len(waveform), (1,), generator=generator).item())
+    other, other_target = waveform.roll(shift, 0), target.roll(shift, 0)
+    share = _beta(len(waveform), config.alpha, generator).to(waveform.device)
+    weight, other_weight = share, 1 - share
+    if config.kind == "between_class":
+        weight, other_weight = _loudness_weights(waveform, other, share)
+    mixed = torch.addcmul(waveform * weight[:, None], other, other_weight[:, None])
+    return mixed, share[:, None] * target + (1 - share)[:, None] * other_target
+
+
+def spectrogram_mask(
+    size: tuple[int, int, int], config: AugmentConfig, generator: torch.Generator
+) -> Bool[Tensor, "batch band frame"] | None:
+    """Draws one time mask and one frequency mask per clip (Park 2019) for (batch, bands, frames); True is masked."""
+    if config.time_mask == 0 and config.freq_mask == 0:
+        return None
+    num_clips, num_bands, num_frames = size
+    bands = _interval(num_clips, num_bands, config.freq_mask, generator)
+    frames = _interval(num_clips, num_frames, config.time_mask, generator)
+    return bands[:, :, None] | frames[:, None, :]
+
+
+def _roll_and_speed(waveform: Waveform, config: AugmentConfig, generator: torch.Generator) -> Waveform:
+    """Shifts each clip circularly and plays it faster or slower; what is then too long is cut, too short is wrapped."""
+    num_clips, num_samples = waveform.shape
+    rolled = _uniform(num_clips, 0, 1, generator) < config.roll
+    shifts = (torch.randint(0, num_samples, (num_clips,), generator=generator) * rolled).tolist()
+    speeds = _uniform(num_clips, 1 - config.speed, 1 + config.speed, generator).tolist()
+    out = torch.empty_like(waveform)
+    for row, clip, shift, speed in zip(out, waveform, shifts, speeds, strict=True):
+        _play(clip, shift, speed if config.speed > 0 else 1.0, row)
+    return out
+
+
+def _play(clip: Float[Tensor, " time"], shift: int, speed: float, out: Float[Tensor, " time"]) -> None:
+    num_samples = len(clip)
+    length = min(num_samples, math.ceil(num_samples * speed))  # samples of the clip that fit into the output
+    if shift + length <= num_samples:
+        source = clip[shift : shift + length]
+    else:
+        source = torch.cat((clip[shift:], clip[: shift + length - num_samples]))
+    if speed != 1.0:
+        size = min(num_samples, round(length / speed))
+        source = F.interpolate(source[None, None], size=size, mode="linear")[0, 0]
+    filled = len(source)
+    out[:filled] = source
+    if filled < num_samples:  # played faster, the clip ends early and begins again
+        out[filled:] = source[: num_samples - filled]
+
+
+def _add_noise(waveform: Waveform, lowest_db: float, generator: torch.Generator) -> Waveform:
+    ratio_db = _uniform(len(waveform), lowest_db, lowest_db + NOISE_RANGE_DB, generator).to(waveform.device)
+    level = waveform.square().mean(1).sqrt() * 10 ** (-ratio_db / 20)
+    noise = torch.randn(waveform.shape, generator=generator, dtype=waveform.dtype).to(waveform.device)
+    return torch.addcmul(waveform, noise, level[:, None])
+
+
+def _loudness_weights(first: Waveform, second: Waveform, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighs two clips so that they are heard in the shares `share` and 1 - share (Tokozume 2018, equation 2)."""
+    loudness, other = (torch.linalg.vector_norm(clips, dim=1).clamp_min(1e-6) for clips in (first, second))
+    part = 1 / (1 + loudness / other * (1 - share) / share.clamp_min(1e-6))
+    norm = torch.sqrt(part.square() + (1 - part).square())  # keeps the power of two unrelated sounds
+    return part / norm, (1 - part) / norm
+
+
+def _interval(num_clips: int, length: int, widest: float, generator: torch.Generator) -> Bool[Tensor, "batch length"]:
+    width = _uniform(num_clips, 0, widest * length, generator)
+    start = _uniform(num_clips, 0, 1, generator) * (length - width)
+    position = torch.arange(length)
+    return (position >= start[:, None]) & (position < (start + width)[:, None])
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Float[Tensor, " count"]:
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def _beta(count: int, alpha: float, generator: torch.Generator) -> Float[Tensor, " count"]:
+    """Draws from Beta(alpha, alpha), as the share of one of two Gamma(alpha) draws."""
+    if alpha == 1.0:
+        return torch.rand(count, generator=generator)
+    first, second = torch._standard_gamma(torch.full((2, count), alpha), generator=generator).clamp_min(1e-9)
+    return first / (first + second)

@@ -1,0 +1,184 @@
+"""A run's state <-> one self-describing folder: complete or absent, and free of code.
+
+`config.yaml`, `labels.json`, `model.safetensors` (the averaged weights, what one evaluates), `train_state.pt` (the
+weights in training, the optimizer and the cursor) and, written last, `metrics.json` with a hash of every other file.
+No random state is kept: each step draws from generators made of (seed, epoch, batch, rank)."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from meamtm.config import RunConfig, flatten, load, write_yaml
+from meamtm.errors import CheckpointError, ConfigError
+from meamtm.model.transformer import AudioTransformer
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+NUM_KEPT = 2
+"""Newest checkpoints of a run that stay on disk: one, and one to fall back on."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the logits of a model mean, and which data taught it."""
+
+    classes: tuple[str, ...]
+    multi_label: bool
+    digest: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model read back from its folder."""
+
+    folder: Path
+    config: RunConfig
+    labels: Labels
+    model: AudioTransformer
+    metrics: dict[str, float]
+
+
+def save(
+    config: RunConfig,
+    labels: Labels,
+    weights: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    cursor: tuple[int, int],
+) -> Path:
+    """Writes a checkpoint into a new scratch folder, flushed to disk; a context publishes it.
+
+    `cursor` counts finished epochs and, of the epoch under way, finished batches.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="meamtm-")) / checkpoint_name(cursor)
+    folder.mkdir()
+    write_yaml(folder / "config.yaml", flatten(config))
+    (folder / "labels.json").write_text(json.dumps(labels.__dict__, indent=1))
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
+    torch.save(dict(state), folder / "train_state.pt")
+    files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    record = {"format": FORMAT, "epoch": cursor[0], "batch": cursor[1], "metrics": dict(metrics), "files": files}
+    (folder / "metrics.json").write_text(json.dumps(record, indent=1))
+    for path in folder.iterdir():
+        _flush(path)
+    return folder
+
+
+def publish(scratch: Path, run_folder: Path) -> Path:
+    """Moves a scratch checkpoint into the run folder, whole, and drops all but the newest few."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    part = run_folder / f".{scratch.name}.part"
+    final = run_folder / scratch.name
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.move(scratch, part)  # across file systems this copies, which is why it goes to a hidden name first
+    scratch.parent.rmdir()
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    _flush(run_folder)
+    for old in _checkpoints(run_folder)[NUM_KEPT:]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(run_folder: Path) -> Path | None:
+    """Names the newest complete checkpoint of a run; a damaged one is skipped with a warning."""
+    for folder in _checkpoints(run_folder):
+        try:
+            read_record(folder)
+        except CheckpointError as error:
+            logger.warning("%s; the one before is used", error)
+            continue
+        return folder
+    return None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads metrics.json and checks every file against it."""
+    try:
+        record = json.loads((folder / "metrics.json").read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder}: not a checkpoint (no metrics.json); name a folder like runs/NAME/epoch-00100"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: metrics.json cannot be read ({error}); use another checkpoint of the run"
+        ) from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else record
+        raise CheckpointError(f"{folder}: format {found!r} is not {FORMAT}; use the version of meamtm that wrote it")
+    for name, digest in record["files"].items():
+        path = folder / name
+        if not path.is_file() or _digest(path) != digest:
+            raise CheckpointError(f"{folder}: {name} is missing or damaged; use another checkpoint of the run")
+    return record
+
+
+def load_model(folder: Path | str) -> Saved:
+    """Builds the model that a checkpoint describes; needs nothing else and runs no code from it.
+
+    A run folder stands for its newest checkpoint.
+    """
+    folder = Path(folder)
+    if not (folder / "metrics.json").exists() and folder.is_dir():
+        folder = newest(folder) or folder
+    record = read_record(folder)
+    try:
+        config = load(folder / "config.yaml")
+        labels = read_labels(folder)
+        model = AudioTransformer(config, len(labels.classes))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (ConfigError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: its weights and its config do not fit ({error})") from error
+    return Saved(folder, config, labels, model.eval(), record["metrics"])
+
+
+def read_labels(folder: Path) -> Labels:
+    """Reads what a checkpoint's logits mean."""
+    try:
+        fields = json.loads((folder / "labels.json").read_text())
+        labels = Labels(tuple(fields["classes"]), bool(fields["multi_label"]), str(fields["digest"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: labels.json cannot be used ({error!r})") from error
+    if len(labels.classes) < 2:
+        raise CheckpointError(f"{folder}: labels.json names {len(labels.classes)} class; a classifier has two or more")
+    return labels
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Reads the training state, as data only."""
+    return torch.load(folder / "train_state.pt", map_location="cpu", weights_only=True)
+
+
+def checkpoint_name(cursor: tuple[int, int]) -> str:
+    """Names a checkpoint by its cursor; names sort by age."""
+    epoch, batch = cursor
+    return f"epoch-{epoch:05d}" + (f"-batch-{batch:06d}" if batch else "")
+
+
+def _checkpoints(run_folder: Path) -> list[Path]:
+    return sorted((path for path in run_folder.glob("epoch-*") if path.is_dir()), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

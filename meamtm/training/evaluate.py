@@ -1,0 +1,124 @@
+"""A checkpoint and a data set -> honest numbers. Nothing else ever reads the test fold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from meamtm.config import RunConfig, override
+from meamtm.data.cache import open_clips
+from meamtm.data.clips import Clips
+from meamtm.data.loader import Loader
+from meamtm.data.split import split_clips
+from meamtm.errors import CheckpointError, DataError
+from meamtm.model.transformer import AudioTransformer
+from meamtm.training.checkpoint import load_model
+from meamtm.training.context import choose_device
+from meamtm.training.metrics import confusion, scores
+from meamtm.training.step import autocast, to_float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a checkpoint does on clips that it has never met."""
+
+    checkpoint: Path
+    fold: int | None
+    classes: tuple[str, ...]
+    metrics: dict[str, float]
+    clip_ids: tuple[str, ...]
+    probability: NDArray[np.float32]
+    """(clip, label)"""
+    target: NDArray[np.float32]
+    """(clip, label)"""
+    confusion: NDArray[np.int64] | None
+    """(true label, named label); None where clips have several labels"""
+
+
+def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = None) -> Evaluation:
+    """Tests a checkpoint on its test fold, or on another fold or data set.
+
+    Of a data set that it was not trained on, every clip is used unless a fold is named.
+    """
+    saved = load_model(checkpoint)
+    changes = {"data.path": data_path} if data_path else {}
+    if fold is not None:
+        changes |= {"data.test_fold": fold, "data.valid_fold": None}
+    config = override(saved.config, changes)
+    clips = open_clips(config.data, config.mel.sample_rate_hz)
+    if clips.classes != saved.labels.classes:
+        raise CheckpointError(
+            f"{saved.folder} names {len(saved.labels.classes)} classes, {list(saved.labels.classes)[:4]}..., and "
+            f"{config.data.path} has {len(clips.classes)}, {list(clips.classes)[:4]}...; evaluate on data with the same ones"
+        )
+    if fold is None and clips.digest != saved.labels.digest:
+        indices = np.arange(len(clips))
+    else:
+        indices = split_clips(clips, config.data).test
+    if len(indices) == 0:
+        raise DataError(f"data.test_fold={config.data.test_fold}: no clip to test on; name a fold with --fold")
+    model = saved.model.to(choose_device(config.scale))
+    probability, target = classify(model, config, clips, indices)
+    return Evaluation(
+        checkpoint=saved.folder,
+        fold=config.data.test_fold,
+        classes=clips.classes,
+        metrics={
+            f"test/{key}": value for key, value in scores(probability, target, multi_label=clips.multi_label).items()
+        },
+        clip_ids=tuple(np.array(clips.ids)[indices]),
+        probability=probability.numpy(),
+        target=target.numpy(),
+        confusion=None if clips.multi_label else confusion(probability, target).numpy(),
+    )
+
+
+@torch.no_grad()
+def classify(
+    model: AudioTransformer,
+    config: RunConfig,
+    clips: Clips,
+    indices: NDArray[np.int64],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[Float[Tensor, "clip label"], Float[Tensor, "clip label"]]:
+    """Gives probabilities and targets of clips, in the order of `indices`; a long clip's windows are averaged.
+
+    Every rank classifies its share and gets all answers.
+    """
+    device = model.mel.mean.device
+    loader = Loader(
+        clips,
+        indices,
+        config.clip_samples,
+        config.train.batch_size,
+        seed=0,
+        train=False,
+        rank=rank,
+        world_size=world_size,
+    )
+    position = torch.full((len(clips),), -1)
+    position[torch.from_numpy(indices)] = torch.arange(len(indices))
+    totals = torch.zeros(len(indices), len(clips.classes) + 1)  # sums of probabilities, and how many windows
+    was_training = model.training
+    model.eval()
+    for batch in loader.epoch(0):
+        with autocast(config, device):
+            logits = model(to_float(batch.waveform, device)).float()
+        answer = logits.sigmoid() if clips.multi_label else logits.softmax(1)
+        totals.index_add_(
+            0, position[torch.from_numpy(batch.index)], torch.nn.functional.pad(answer.cpu(), (0, 1), value=1.0)
+        )
+    model.train(was_training)
+    if world_size > 1:
+        totals = totals.to(device)
+        dist.all_reduce(totals)
+        totals = totals.cpu()
+    probability = totals[:, :-1] / totals[:, -1:]
+    return probability, torch.from_numpy(clips.targets[indices])

@@ -1,0 +1,42 @@
+"""Probabilities and targets -> the numbers that people compare."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multilabel_accuracy,
+    multilabel_average_precision,
+    multilabel_f1_score,
+)
+
+Probability = Float[Tensor, "clip label"]
+Target = Float[Tensor, "clip label"]
+
+
+def scores(probability: Probability, target: Target, *, multi_label: bool) -> dict[str, float]:
+    """Gives accuracy and macro-F1 in 0..1 and the loss in nats; for several labels per clip also mean average precision."""
+    num_labels = target.shape[1]
+    if multi_label:
+        wanted = target.long()
+        values = {
+            "accuracy": multilabel_accuracy(probability, wanted, num_labels, average="micro"),
+            "macro_f1": multilabel_f1_score(probability, wanted, num_labels, average="macro"),
+            "map": multilabel_average_precision(probability, wanted, num_labels, average="macro"),
+            "loss": torch.nn.functional.binary_cross_entropy(probability, target) * num_labels,
+        }
+    else:
+        wanted = target.argmax(1)
+        values = {
+            "accuracy": multiclass_accuracy(probability, wanted, num_labels, average="micro"),
+            "macro_f1": multiclass_f1_score(probability, wanted, num_labels, average="macro"),
+            "loss": torch.nn.functional.nll_loss(probability.clamp_min(1e-12).log(), wanted),
+        }
+    return {name: float(value) for name, value in values.items()}
+
+
+def confusion(probability: Probability, target: Target) -> Int[Tensor, "label label"]:
+    """Counts clips by true class (row) and named class (column); one label per clip."""
+    return multiclass_confusion_matrix(probability, target.argmax(1), target.shape[1])

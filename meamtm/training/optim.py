@@ -1,0 +1,55 @@
+"""Parameters -> optimizer, step number -> learning rate."""
+
+import math
+
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.optim import Optimizer
+
+from meamtm.config import OptimConfig
+from meamtm.errors import ConfigError
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Builds timm's optimizer, without weight decay on biases, norms and position embeddings."""
+    try:
+        optimizer = create_optimizer_v2(
+            model.encoder, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True
+        )
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"optim.name={config.name!r}: timm cannot build it ({error}); see timm.optim.list_optimizers()"
+        ) from error
+    return optimizer
+
+
+def set_lr(optimizer: Optimizer, config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
+    """Sets the learning rate for a step (from 0) and returns it. The rate depends on the step alone, so a resumed run
+    needs no scheduler state."""
+    lr = config.lr * lr_factor(config, step, num_steps, steps_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+def lr_factor(config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:
+    """Gives the learning rate of a step as a fraction of the peak: a linear climb, then the schedule."""
+    num_warmup = round(config.warmup * num_steps)
+    if config.schedule == "onecycle":  # climbs along a cosine for at least 30 % of the run (Smith 2018)
+        num_warmup = max(num_warmup, round(0.3 * num_steps))
+        if step < num_warmup:
+            return _cosine(1 / 25, 1.0, (step + 1) / num_warmup)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    done = (step - num_warmup) / max(num_steps - num_warmup, 1)
+    match config.schedule:
+        case "cosine" | "onecycle":
+            return _cosine(1.0, config.final_ratio, done)
+        case "step":
+            return config.step_gamma ** ((step - num_warmup) // (config.step_epochs * steps_per_epoch))
+        case "constant":
+            return 1.0
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,136 @@
+"""One batch forward and back, and the state that it moves."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int16
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from meamtm.config import RunConfig
+from meamtm.data.loader import Batch
+from meamtm.model.transformer import AudioTransformer
+from meamtm.training.augment import augment_waveform, mix, spectrogram_mask
+from meamtm.training.loss import clip_losses
+from meamtm.training.optim import make_optimizer, set_lr
+
+FULL_SCALE = 32_768.0
+"""16-bit samples per unit of a float waveform."""
+
+
+@dataclass
+class Learner:
+    """Weights in training, and all that moves with them; (epoch, batch) is the cursor of the next step."""
+
+    config: RunConfig
+    model: AudioTransformer
+    parallel: nn.Module
+    optimizer: Optimizer
+    ema: ModelEmaV3 | None
+    rank: int
+    world_size: int
+    multi_label: bool
+    steps_per_epoch: int
+    epoch: int = 0
+    batch: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    """Sum of this rank's clip losses, one entry per step of the epoch."""
+
+    @property
+    def evaluated(self) -> AudioTransformer:
+        """The weights that are validated and kept: the averaged ones where there are any."""
+        return self.ema.module if self.ema is not None else self.model  # type: ignore[return-value]
+
+
+def make_learner(
+    config: RunConfig,
+    model: AudioTransformer,
+    device: torch.device,
+    steps_per_epoch: int,
+    *,
+    multi_label: bool,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Learner:
+    """Puts a new model on its device, with optimizer, averaged copy and, for several ranks, gradient averaging."""
+    model = model.to(device)
+    parallel: nn.Module = model
+    if world_size > 1:
+        devices = [device] if device.type == "cuda" else None
+        parallel = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    decay = config.train.ema_decay
+    ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay > 0 else None
+    return Learner(
+        config,
+        model,
+        parallel,
+        make_optimizer(model, config.optim),
+        ema,
+        rank,
+        world_size,
+        multi_label,
+        steps_per_epoch,
+    )
+
+
+def train_step(learner: Learner, batch: Batch) -> None:
+    """Moves the weights by one batch.
+
+    All that is random in a step comes from its own seed, so that a resumed run needs no random state.
+    """
+    config, model = learner.config, learner.parallel
+    seed = step_seed(config.train.seed, learner.epoch, learner.batch, learner.rank)
+    torch.manual_seed(seed)  # stochastic depth, dropout and patchout draw from torch's own generator
+    generator = torch.Generator().manual_seed(seed)
+    device = learner.model.mel.mean.device
+    waveform = to_float(batch.waveform, device)
+    target = torch.from_numpy(batch.target).to(device)
+    waveform = augment_waveform(waveform, config.augment, generator)
+    waveform, target = mix(waveform, target, config.mix, generator)
+    size = (len(waveform), config.mel.num_bands, config.num_frames)
+    mask = spectrogram_mask(size, config.augment, generator)
+
+    with autocast(config, device):
+        logits = model(waveform, None if mask is None else mask.to(device))
+    losses = clip_losses(logits.float(), target, multi_label=learner.multi_label, smoothing=config.loss.label_smoothing)
+    loss = losses.sum() * learner.world_size / batch.num_global  # ranks average gradients, clips count alike
+    loss.backward()
+    _update(learner)
+    learner.losses.append(losses.detach().sum())
+
+
+def _update(learner: Learner) -> None:
+    optim = learner.config.optim
+    step = learner.epoch * learner.steps_per_epoch + learner.batch
+    num_steps = learner.config.train.epochs * learner.steps_per_epoch
+    if optim.clip_grad > 0:
+        torch.nn.utils.clip_grad_norm_(learner.model.parameters(), optim.clip_grad)
+    set_lr(learner.optimizer, optim, step, num_steps, learner.steps_per_epoch)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.ema is not None:
+        learner.ema.update(learner.model, step=step)
+    learner.batch += 1
+
+
+def to_float(waveform: Int16[np.ndarray, "batch time"], device: torch.device) -> Float[Tensor, "batch time"]:
+    """Moves 16-bit samples to the device and brings them to -1..1 there."""
+    return torch.from_numpy(waveform).to(device).float().mul_(1 / FULL_SCALE)
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """Computes in bf16 where the config asks for it, or leaves it open and the device does so natively.
+
+    Without native instructions bf16 is emulated: 8x slower than float32 on a CPU with AVX2 alone.
+    """
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    wanted = config.train.precision == "bf16" or (config.train.precision == "auto" and native)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
+    """Mixes four numbers into a seed that is unlike its neighbours'."""
+    return int(np.random.SeedSequence((seed, epoch, batch, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))

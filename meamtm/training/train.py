@@ -1,0 +1,171 @@
+"""train(config, context): the one training loop. Data and a config come in, a trained checkpoint goes out."""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from meamtm.config import RunConfig, signature
+from meamtm.data.cache import open_clips
+from meamtm.data.clips import Clips
+from meamtm.data.loader import Loader
+from meamtm.data.split import Split, split_clips
+from meamtm.errors import CheckpointError, MeamtmError
+from meamtm.model.transformer import AudioTransformer
+from meamtm.training.checkpoint import Labels, load_state, read_labels, read_record, save
+from meamtm.training.context import Context, Stopped
+from meamtm.training.evaluate import classify
+from meamtm.training.metrics import scores
+from meamtm.training.step import Learner, make_learner, to_float, train_step
+
+logger = logging.getLogger(__name__)
+NUM_MEASURED = 512
+"""Training clips whose spectrograms give mean and deviation; more change neither visibly."""
+
+
+def train(config: RunConfig, context: Context) -> dict[str, float]:
+    """Trains to the last epoch, from the run's newest checkpoint if there is one, and returns the last metrics.
+
+    A finished run returns at once. Raises Stopped, after saving, when the context asks to stop.
+    """
+    clips = open_clips(config.data, config.mel.sample_rate_hz)
+    split = split_clips(clips, config.data)
+    loader = Loader(
+        clips,
+        split.train,
+        config.clip_samples,
+        config.train.batch_size,
+        seed=config.train.seed,
+        train=True,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+    labels = Labels(clips.classes, clips.multi_label, clips.digest)
+    learner = _start(config, context, clips, split, loader.num_batches)
+    metrics = _resume(learner, context, labels)
+    last_save_s = time.monotonic()
+    while learner.epoch < config.train.epochs:
+        began_s = time.monotonic()
+        for batch in loader.epoch(learner.epoch, start=learner.batch):
+            train_step(learner, batch)
+            if context.should_stop():
+                context.report({}, _save(learner, labels, metrics) if context.rank == 0 else None)
+                raise Stopped(
+                    f"stopped after {learner.epoch} epochs and {learner.batch} batches; the same command continues"
+                )
+        metrics = _finish_epoch(learner, len(split.train)) | _validate(learner, clips, split.valid, context)
+        metrics["time/epoch_s"] = time.monotonic() - began_s
+        is_last = learner.epoch == config.train.epochs
+        is_due = _agreed(is_last or time.monotonic() - last_save_s >= config.train.checkpoint_s, learner)
+        context.report(metrics, _save(learner, labels, metrics) if is_due and context.rank == 0 else None)
+        if is_due:
+            last_save_s = time.monotonic()
+    return metrics
+
+
+def _start(config: RunConfig, context: Context, clips: Clips, split: Split, steps_per_epoch: int) -> Learner:
+    torch.manual_seed(config.train.seed)
+    model = AudioTransformer(config, len(clips.classes))
+    if context.resume_from() is None:
+        model.mel.fit(*_measure(model, clips, split.train, config.clip_samples))
+    return make_learner(
+        config,
+        model,
+        context.device,
+        steps_per_epoch,
+        multi_label=clips.multi_label,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+
+
+@torch.no_grad()
+def _measure(
+    model: AudioTransformer, clips: Clips, indices: NDArray[np.int64], clip_samples: int
+) -> tuple[float, float]:
+    """Gives mean and deviation of log-mel cells over training clips, the same on every rank."""
+    chosen = indices[np.linspace(0, len(indices) - 1, min(len(indices), NUM_MEASURED)).astype(np.int64)]
+    loader = Loader(clips, chosen, clip_samples, 32, seed=0, train=False)
+    total, total_square, count = 0.0, 0.0, 0
+    for batch in loader.epoch(0):
+        log_mel = model.mel.log_mel(to_float(batch.waveform, model.mel.mean.device)).double()
+        total += float(log_mel.sum())
+        total_square += float(log_mel.square().sum())
+        count += log_mel.numel()
+    mean = total / count
+    return mean, max(total_square / count - mean**2, 0.0) ** 0.5
+
+
+def _resume(learner: Learner, context: Context, labels: Labels) -> dict[str, float]:
+    """Puts the newest checkpoint's state into the learner and returns its metrics."""
+    folder = context.resume_from()
+    if folder is None:
+        return {}
+    record, state = read_record(folder), load_state(folder)
+    if read_labels(folder) != labels:
+        raise CheckpointError(
+            f"{folder} was trained on other data than {learner.config.data.path!r} "
+            f"(digest {read_labels(folder).digest}, not {labels.digest}); set another name, or remove that run folder"
+        )
+    learner.model.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    if learner.ema is not None:
+        learner.ema.module.load_state_dict(state["ema"])
+    learner.epoch, learner.batch = record["epoch"], record["batch"]
+    learner.losses = list(state["losses"])
+    logger.info("continuing %s after epoch %d", signature(learner.config), learner.epoch)
+    return dict(record["metrics"])
+
+
+def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Path:
+    state = {
+        "model": learner.model.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "ema": learner.ema.module.state_dict() if learner.ema is not None else {},
+        "losses": learner.losses,
+    }
+    cursor = (learner.epoch, learner.batch)
+    return save(learner.config, labels, learner.evaluated.state_dict(), state, metrics, cursor)
+
+
+def _finish_epoch(learner: Learner, num_clips: int) -> dict[str, float]:
+    """Closes the epoch: moves the cursor on and returns its mean loss over the clips of all ranks."""
+    losses = torch.stack(learner.losses)  # (step,)
+    if learner.world_size > 1:
+        dist.all_reduce(losses)
+    if not bool(losses.isfinite().all()):
+        step = int((~losses.isfinite()).nonzero()[0])
+        raise MeamtmError(
+            f"train/loss is {float(losses[step])} at step {step} of epoch {learner.epoch + 1}; "
+            f"lower optim.lr ({learner.config.optim.lr:g}) or set optim.clip_grad"
+        )
+    learner.epoch, learner.batch, learner.losses = learner.epoch + 1, 0, []
+    return {
+        "epoch": float(learner.epoch),
+        "train/loss": float(losses.sum()) / num_clips,
+        "train/lr": learner.optimizer.param_groups[0]["lr"],
+    }
+
+
+def _validate(learner: Learner, clips: Clips, indices: NDArray[np.int64], context: Context) -> dict[str, float]:
+    if len(indices) == 0:
+        return {}
+    probability, target = classify(
+        learner.evaluated, learner.config, clips, indices, rank=context.rank, world_size=context.world_size
+    )
+    values = scores(probability, target, multi_label=clips.multi_label)
+    return {f"valid/{name}": value for name, value in values.items()}
+
+
+def _agreed(answer: bool, learner: Learner) -> bool:
+    """Gives every rank the first one's answer."""
+    if learner.world_size == 1:
+        return answer
+    flag = torch.tensor([float(answer)], device=learner.model.mel.mean.device)
+    dist.broadcast(flag, src=0)
+    return bool(flag.item())
