@@ -4,6 +4,7 @@ Files are decoded in blocks, so that a long recording with many channels never l
 used is a DataError whose text is the reason alone; who knows the file's name adds it."""
 
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,9 +59,16 @@ def encode_flac(waveform: Int16[np.ndarray, " time"], sample_rate_hz: int) -> by
     return file.getvalue()
 
 
+def num_cores() -> int:
+    """Cores that this process may use: as many threads decode at once, since decoding lets go of the interpreter."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def to_int16(waveform: Float32[np.ndarray, " time"]) -> Int16[np.ndarray, " time"]:
     """Rounds floats, full scale being 1, to 16 bits; 16-bit files come back exactly as they were."""
-    return np.clip(np.rint(waveform * np.float32(FULL_SCALE)), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+    scaled = waveform * np.float32(FULL_SCALE)
+    np.rint(scaled, out=scaled)
+    return np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1, out=scaled).astype(np.int16)
 
 
 def _decode(file: soundfile.SoundFile, rate_hz: int) -> Iterator[Int16[np.ndarray, " time"]]:

@@ -1,11 +1,10 @@
 """A packed data set -> `Clips`: decoded once per node into a cache that every process on it shares, or streamed.
 
-The cache is a folder `<digest>-<rate>` with two Arrow IPC files: `waveforms.arrow` (int16) and `clips.arrow` (all else).
+The cache is a folder `<digest>-<rate>` of two Arrow IPC files, `waveforms.arrow` (int16) and `clips.arrow` (the rest).
 Both are memory-mapped, so that they lie in memory once, however many processes train."""
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 from jaxtyping import Int16, Int64
 
 from meamtm.config import DataConfig
-from meamtm.data.audio import read_audio, resampled_length
+from meamtm.data.audio import num_cores, read_audio, resampled_length
 from meamtm.data.clips import Clips, MappedWaveforms, Waveforms
 from meamtm.data.folder import whole_folder
 from meamtm.data.packed import Packed
@@ -141,7 +139,7 @@ def _only_builder(folder: Path) -> Iterator[None]:
 def _build(folder: Path, packed: Packed, sample_rate_hz: int) -> Clips:
     """Decodes everything once."""
     facts = packed_facts(packed, sample_rate_hz)
-    needed_bytes = 2 * pc.sum(facts.column("num_samples")).as_py()
+    needed_bytes = 2 * int(facts.column("num_samples").to_numpy().sum())
     free_bytes = shutil.disk_usage(folder.parent).free
     if needed_bytes > free_bytes:
         raise DataError(
@@ -164,7 +162,7 @@ def _write_waveforms(path: Path, packed: Packed, facts: pa.Table, sample_rate_hz
     """Writes all waveforms as lists of int16 and returns where each starts, in samples from the file's beginning."""
     schema = pa.schema([pa.field("waveform", pa.list_(pa.field("item", pa.int16(), nullable=False)), nullable=False)])
     names = iter(facts.column("clip_id").to_pylist())
-    with ThreadPoolExecutor(_num_cores()) as pool, pa.ipc.new_file(str(path), schema) as writer:
+    with ThreadPoolExecutor(num_cores()) as pool, pa.ipc.new_file(str(path), schema) as writer:
         for row_group in range(packed.num_row_groups):
             decode = partial(_decode, packed.path, sample_rate_hz)
             sounds = packed.sounds(row_group)
@@ -207,7 +205,3 @@ def _positions(path: Path) -> Int64[np.ndarray, " clip"]:
             first_byte = column.values.buffers()[1].address - base
             starts.append(first_byte // 2 + column.offsets.to_numpy()[:-1].astype(np.int64))
     return np.concatenate(starts)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

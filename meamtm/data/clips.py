@@ -1,7 +1,7 @@
 """The table and the waveforms of an opened data set, as training reads them.
 
-A `Clips` is two things: an Arrow table of small facts, one row per clip, and something that gives waveforms. Columns are
-views of the table, so that nothing here grows with the data set when the table is memory-mapped."""
+A `Clips` is two things: an Arrow table of small facts, one row per clip, and something that gives waveforms. Columns
+are views of the table, so that nothing here grows with the data set when the table is memory-mapped."""
 
 import os
 from dataclasses import dataclass

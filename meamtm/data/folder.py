@@ -32,7 +32,11 @@ def _put(scratch: Path, out: Path) -> None:
     else:
         old = _beside(out, "old")
         out.rename(old)
-        scratch.rename(out)
+        try:
+            scratch.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
         shutil.rmtree(old)
     _sync_one(out.parent)
 

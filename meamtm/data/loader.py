@@ -1,8 +1,8 @@
 """Clips -> batches of waveforms, dealt to ranks.
 
-The order of an epoch is a function of (seed, epoch) alone. Each epoch has the same number of global batches, whose sizes
-differ by one at most; rank r takes the r-th of every `world_size` clips of each. So every clip is heard exactly once, all
-ranks take as many steps, and the two integers (epoch, batch) are the whole cursor.
+The order of an epoch is a function of (seed, epoch) alone. Its global batches differ in size by one clip at most, and
+rank r takes the r-th of every `world_size` clips of each. So every clip is heard exactly once, all ranks take as many
+steps, and the two integers (epoch, batch) are the whole cursor.
 
 Memory is reused: rows are copied into a buffer that nobody refers to any more, because fresh pages cost more than the
 copy. A batch that is kept stays as it is, and then the next one gets a buffer of its own."""
@@ -108,9 +108,13 @@ def _windows(
     indices: Int64[np.ndarray, " index"], spare: Int64[np.ndarray, " index"], clip_samples: int
 ) -> tuple[Int64[np.ndarray, " window"], Int64[np.ndarray, " window"]]:
     """Cuts each clip into evenly spaced windows, the last one ending where the clip does."""
-    counts = np.minimum(1 + -(-spare // clip_samples), MAX_WINDOWS)  # (index,)
+    missed = spare - clip_samples // 10  # a tenth of a window may go unheard: 5.02 s are not worth two windows of 5 s
+    counts = np.minimum(1 + np.maximum(-(-missed // clip_samples), 0), MAX_WINDOWS)  # (index,)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # (window,): 0, 1, .. of its clip
-    return np.repeat(indices, counts), np.repeat(spare, counts) * number // np.repeat(np.maximum(counts - 1, 1), counts)
+    last = np.repeat(counts - 1, counts)  # (window,): number of its clip's last window
+    spare = np.repeat(spare, counts)  # (window,)
+    starts = np.where(last == 0, spare // 2, spare * number // np.maximum(last, 1))
+    return np.repeat(indices, counts), starts
 
 
 def _shuffle(
@@ -126,6 +130,8 @@ def _shuffle(
 
 def _check(num_heard: int, batch_size: int, num_batches: int, world_size: int) -> None:
     """Every rank must get a clip of every batch."""
+    if num_heard == 0:
+        raise DataError("no clip is left to be heard; check data.test_fold and data.valid_fold")
     if num_heard < world_size:
         raise DataError(
             f"{num_heard} clips cannot be dealt to scale.workers={world_size}; add clips or lower scale.workers"

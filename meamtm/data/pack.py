@@ -1,12 +1,11 @@
 """A folder of sounds -> Parquet shards, `card.json` and `rejected.csv`; docs/data-format.md describes them.
 
-Sounds are decoded, averaged to one channel and kept as FLAC at their own rate. A file that cannot be used is listed with
-its reason and is not fatal. The data set appears whole or not at all."""
+Sounds are decoded, averaged to one channel and kept as FLAC at their own rate. A file that cannot be used is listed
+with its reason and is not fatal. The data set appears whole or not at all."""
 
 import csv
 import hashlib
 import logging
-import os
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meamtm.data.audio import encode_flac, read_audio
+from meamtm.data.audio import encode_flac, num_cores, read_audio
 from meamtm.data.folder import whole_folder
 from meamtm.data.packed import CARD, Card, read_card
 from meamtm.data.shards import Shards, Sound
@@ -127,7 +126,7 @@ def _write(source: Source, folder: Path, strict: bool, progress: Callable[[int, 
 
 def _read_sounds(entries: Sequence[Entry]) -> Iterator[Sound]:
     """Reads on all cores, in order, a bounded number ahead: memory does not grow with the data set."""
-    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_threads = num_cores()
     waiting: deque[Future[Sound]] = deque()
     rest = iter(entries)
     with ThreadPoolExecutor(num_threads) as pool:
@@ -151,7 +150,7 @@ def _read_sound(entry: Entry) -> Sound:
         flac = encode_flac(waveform, rate_hz)
     except DataError as error:
         return Sound(entry, reason=str(error))
-    return Sound(entry, flac, rate_hz, len(waveform), hashlib.sha256(waveform).hexdigest())
+    return Sound(entry, flac, rate_hz, len(waveform), hashlib.sha256(waveform.data).hexdigest())
 
 
 def _check_enough(source: Source, kept: Sequence[Sound], rejected: Sequence[Sound]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from meamtm.errors import DataError
 
@@ -43,18 +44,19 @@ def read_card(path: str | Path) -> Card:
     files, folder = _filesystem(str(path))
     try:
         with files.open_input_stream(f"{folder}/{CARD}") as stream:
-            card = json.loads(stream.read())
-        if card["format"] != FORMAT:
-            raise DataError(
-                f"data.path={path}: format {card['format']} is not {FORMAT}, which this version reads; pack it again"
-            )
-        return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in card.items()})
+            card = TypeAdapter(Card).validate_json(stream.read())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"data.path={path}: no packed data set there; make one with `meamtm pack SOURCE {path}`"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"data.path={path}: {CARD} cannot be read ({error}); pack the data set again") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"data.path={path}: {CARD} cannot be read ({reason}); pack the data set again") from error
+    if card.format != FORMAT:
+        raise DataError(
+            f"data.path={path}: format {card.format} is not {FORMAT}, which this version reads; pack it again"
+        )
+    return card
 
 
 class Packed:
@@ -64,6 +66,7 @@ class Packed:
         self.path = path
         self.card = read_card(path)
         self._files, self._folder = _filesystem(path)
+        self._open = functools.lru_cache(maxsize=16)(self._open_shard)
 
     @functools.cached_property
     def _groups(self) -> list[tuple[str, int]]:
@@ -94,8 +97,7 @@ class Packed:
         except (OSError, pa.ArrowException) as error:
             raise self._damaged(shard, error) from error
 
-    @functools.lru_cache(maxsize=16)  # noqa: B019  (few data sets live at once, and each for as long as its process)
-    def _open(self, shard: str) -> pq.ParquetFile:
+    def _open_shard(self, shard: str) -> pq.ParquetFile:
         try:
             return pq.ParquetFile(self._files.open_input_file(f"{self._folder}/{shard}"))
         except (OSError, pa.ArrowException) as error:

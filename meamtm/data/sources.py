@@ -58,7 +58,9 @@ def find_clips(source: Path, manifest: Path | None = None) -> Source:
     if not entries:
         raise DataError(f"{table or source}: names no sound; expected at least one clip of each of two classes")
     if len(classes) < 2:
-        raise DataError(f"{table or source}: all clips have one class ({classes[0]}); label at least two classes")
+        raise DataError(
+            f"{table or source}: all clips have one class ({', '.join(classes)}); label at least two classes"
+        )
     _check_unique(entries, table or source)
     _check_groups(entries, table or source)
     return Source(entries, classes, any(len(entry.labels) > 1 for entry in entries), _fingerprint(entries, table))
@@ -107,9 +109,10 @@ def _from_esc(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, 
                 f"{table} line {line}: target={target} is both {names[target]} and {category}; number classes apart"
             )
         name = row["filename"]
+        clip_id = Path(name).with_suffix("").as_posix()
         group = row.get("src_file") or _esc_source(name)
         path = _inside(source / "audio", name, table, line)
-        entries.append(Entry(Path(name).stem, path, (category,), group, _integer(row, "fold", table, line)))
+        entries.append(Entry(clip_id, path, (category,), group, _fold(row, table, line)))
     classes = tuple(names[target] for target in sorted(names))
     if len(set(classes)) < len(classes):
         twice = Counter(classes).most_common(1)[0][0]
@@ -132,7 +135,7 @@ def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[
         name = Path(row["path"])
         path = _inside(source, row["path"], table, line)
         clip_id = name.with_suffix("").as_posix()
-        fold = _integer(row, "fold", table, line) if row.get("fold") else None
+        fold = _fold(row, table, line) if row.get("fold") else None
         split = row.get("split") or None
         if split not in (*SPLITS, None):
             raise DataError(f"{table} line {line}: split={split} is none of {', '.join(SPLITS)}; use one of them")
@@ -141,7 +144,8 @@ def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[
         given = sum(getattr(entry, column) is not None for entry in entries)
         if given not in (0, len(entries)):
             raise DataError(
-                f"{table}: {column} is empty for {len(entries) - given} of {len(entries)} clips; fill it in for all or none"
+                f"{table}: {column} is empty for {len(entries) - given} of {len(entries)} clips; "
+                "fill it in for all of them or for none"
             )
     return tuple(entries), _sorted_labels(entries)
 
@@ -198,6 +202,13 @@ def _integer(row: Mapping[str, str], column: str, table: Path, line: int) -> int
         return int(row[column])
     except ValueError as error:
         raise DataError(f"{table} line {line}: {column}={row[column]} is not a whole number; write one") from error
+
+
+def _fold(row: Mapping[str, str], table: Path, line: int) -> int:
+    fold = _integer(row, "fold", table, line)
+    if not 0 <= fold < 1 << 15:
+        raise DataError(f"{table} line {line}: fold={fold} is not within 0 to 32767; number folds from 1")
+    return fold
 
 
 def _inside(folder: Path, name: str, table: Path, line: int) -> Path:

@@ -21,13 +21,13 @@ class Split:
 
 
 def split_clips(clips: Clips, data: DataConfig) -> Split:
-    """Splits by the data set's own `split` column where it has one, by `data.test_fold` and `data.valid_fold` otherwise.
+    """Splits by the data set's own `split` column if it has one, by `data.test_fold` and `data.valid_fold` otherwise.
 
     DataError when a fold does not exist, a class has no clip to train on, or a group would be in two parts.
     """
-    given = np.array(clips.splits, dtype=object)
-    if (given != None).any():  # noqa: E711  (element by element)
-        parts = [given == name for name in ("train", "valid", "test")]
+    given = clips.splits
+    if any(given):
+        parts = [np.array([each == name for each in given]) for name in ("train", "valid", "test")]
     else:
         test, valid = _fold(clips, data, "test_fold"), _fold(clips, data, "valid_fold")
         parts = [~(test | valid), valid & ~test, test]
@@ -48,9 +48,9 @@ def _fold(clips: Clips, data: DataConfig, key: str) -> Bool[np.ndarray, " clip"]
 
 
 def _check_classes(clips: Clips, train: Bool[np.ndarray, " clip"], data: DataConfig) -> None:
-    heard = clips.targets[train].any(axis=0)  # (label,)
-    if not heard.all():
-        names = ", ".join(name for name, there in zip(clips.classes, heard, strict=True) if not there)
+    num_heard = clips.targets[train].sum(axis=0)  # (label,)
+    if not num_heard.all():
+        names = ", ".join(clips.classes[label] for label in np.flatnonzero(num_heard == 0))
         raise DataError(
             f"data.path={data.path}: no training clip has the class {names} (data.test_fold={data.test_fold}, "
             f"data.valid_fold={data.valid_fold}); add clips of it, or hold out another fold"
@@ -60,10 +60,12 @@ def _check_classes(clips: Clips, train: Bool[np.ndarray, " clip"], data: DataCon
 def _check_groups(clips: Clips, parts: Sequence[Bool[np.ndarray, " clip"]], data: DataConfig) -> None:
     """Packing keeps groups together; a data set from elsewhere might not."""
     groups = clips.groups
-    times = sum(np.bincount(groups[part], minlength=groups.max() + 1) > 0 for part in parts)
-    if (times > 1).any():
-        first = int(np.flatnonzero(groups == np.argmax(times > 1))[0])
-        name = clips.table.column("group")[first].as_py()
+    num_parts = np.zeros(len(clips), np.int8)  # (group,), of which there are as many as clips at most
+    for part in parts:
+        num_parts[np.unique(groups[part])] += 1
+    torn = np.flatnonzero(num_parts[groups] > 1)  # clips
+    if len(torn):
+        name = clips.table.column("group")[int(torn[0])].as_py()
         raise DataError(
             f"data.path={data.path}: group={name} would be heard in training and in a test; give its clips one fold"
         )

@@ -1,11 +1,12 @@
 """Waveforms decoded on demand, for sets larger than the disk: nothing is written, little is kept."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int16, Int64
 
-from meamtm.data.audio import read_audio
+from meamtm.data.audio import num_cores, read_audio
 from meamtm.data.clips import Numbers
 from meamtm.data.packed import Packed
 
@@ -20,20 +21,26 @@ class StreamedWaveforms:
         self._row_groups, self._sample_rate_hz = row_groups, sample_rate_hz
         self._first_clip = np.searchsorted(row_groups, np.arange(packed.num_row_groups))
         self._sounds = lru_cache(maxsize=KEPT_ROW_GROUPS)(packed.sounds)
+        self._threads = ThreadPoolExecutor(num_cores(), thread_name_prefix="decode")
 
     def waveform(self, clip: int) -> Int16[np.ndarray, " time"]:
         """Decodes one clip."""
-        row_group = int(self._row_groups[clip])
-        encoded = self._sounds(row_group)[clip - self._first_clip[row_group]]
-        return read_audio(encoded, self._sample_rate_hz)[0]
+        return read_audio(self._encoded(clip), self._sample_rate_hz)[0]
 
     def fill(self, clips: Numbers, starts: Numbers, rows: Int16[np.ndarray, "batch time"]) -> None:
         """Decodes each clip and copies its part."""
-        for clip, start, row in zip(clips.tolist(), starts.tolist(), rows, strict=True):
-            heard = self.waveform(clip)[start : start + len(row)]
-            row[: len(heard)] = heard
-            row[len(heard) :] = 0
+        encoded = [self._encoded(clip) for clip in clips.tolist()]
+        list(self._threads.map(self._fill_row, encoded, starts.tolist(), rows))
 
     def pools(self) -> Int64[np.ndarray, " clip"]:
         """The row group of each clip."""
         return self._row_groups
+
+    def _encoded(self, clip: int) -> bytes:
+        row_group = int(self._row_groups[clip])
+        return self._sounds(row_group)[clip - int(self._first_clip[row_group])]
+
+    def _fill_row(self, encoded: bytes, start: int, row: Int16[np.ndarray, " time"]) -> None:
+        heard = read_audio(encoded, self._sample_rate_hz)[0][start : start + len(row)]
+        row[: len(heard)] = heard
+        row[len(heard) :] = 0

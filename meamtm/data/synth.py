@@ -8,7 +8,7 @@ pitch and timbre, and therefore its fold.
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from meamtm.data.audio import to_int16
 from meamtm.data.folder import whole_folder
 from meamtm.errors import DataError
 
-COLUMNS = ("filename", "fold", "target", "category", "src_file", "take")
 NUM_FOLDS = 5
 FORMAT = 1
 Wave = Float[np.ndarray, " time"]
@@ -35,7 +34,7 @@ def write_synth(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes `audio/FOLD-SOURCE-TAKE-TARGET.wav` and `synth.csv`; the same settings again find them there and do nothing.
+    """Writes `audio/FOLD-SOURCE-TAKE-TARGET.wav` and `synth.csv`; the same settings again find them and do nothing.
 
     DataError when the settings make no set, or when `out` holds anything else.
     """
@@ -58,9 +57,9 @@ def write_synth(
             if progress:
                 progress(done + 1, len(rows))
         with (folder / "synth.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(field.name for field in fields(Row))
+            writer.writerows(astuple(row) for row in rows)
         (folder / "synth.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -188,14 +187,15 @@ def _plucked_string(time_s: Wave, pitch_hz: float, rng: np.random.Generator) -> 
     for start in np.flatnonzero(_strokes(time_s, rng.uniform(0.8, 4), rng)):
         pluck[start : start + period] += rng.uniform(-1, 1, period)[: len(pluck) - start]
     loss = rng.uniform(0.97, 0.995)
-    return lfilter([1.0], [1.0, *[0.0] * (period - 1), -loss / 2, -loss / 2], pluck)
+    return _filter([1.0], [1.0, *[0.0] * (period - 1), -loss / 2, -loss / 2], pluck)
 
 
 def _harmonic_stack(time_s: Wave, pitch_hz: float, rng: np.random.Generator) -> Wave:
     base_hz, num_harmonics = pitch_hz / 2, int(rng.integers(4, 9))
     vibrato = 1 + rng.uniform(0, 0.02) * np.sin(2 * np.pi * rng.uniform(3, 7) * time_s)
     levels = rng.uniform(0.2, 1, num_harmonics) / np.sqrt(np.arange(1, num_harmonics + 1))
-    return sum(level * _sine(k * base_hz * vibrato, time_s) for k, level in enumerate(levels, start=1))
+    harmonics = [level * _sine(number * base_hz * vibrato, time_s) for number, level in enumerate(levels, start=1)]
+    return np.sum(harmonics, axis=0)
 
 
 def _wind(time_s: Wave, pitch_hz: float, rng: np.random.Generator) -> Wave:
@@ -238,7 +238,7 @@ def _band_noise(time_s: Wave, centre_hz: float, damping: float, rng: np.random.G
     """Noise through a resonance: the less damping, the narrower."""
     angle = 2 * np.pi * centre_hz * (time_s[1] - time_s[0])
     radius = 1 - damping * angle / 2
-    return lfilter([1.0], [1.0, -2 * radius * np.cos(angle), radius**2], rng.standard_normal(len(time_s)))
+    return _filter([1.0], [1.0, -2 * radius * np.cos(angle), radius**2], rng.standard_normal(len(time_s)))
 
 
 def _coloured(num_samples: int, slope: float, rng: np.random.Generator) -> Wave:
@@ -252,7 +252,11 @@ def _room(clip: Wave, rate_hz: int, rng: np.random.Generator) -> Wave:
     echoes = np.zeros(round(0.08 * rate_hz))
     echoes[0] = 1
     echoes[rng.integers(1, len(echoes), 6)] = rng.uniform(-0.4, 0.4, 6)
-    return lfilter([1.0, rng.uniform(-0.8, 0.8)], [1.0], fftconvolve(clip, echoes)[: len(clip)])
+    return _filter([1.0, rng.uniform(-0.8, 0.8)], [1.0], fftconvolve(clip, echoes)[: len(clip)])
+
+
+def _filter(numerator: list[float], denominator: list[float], wave: Wave) -> Wave:
+    return np.asarray(lfilter(numerator, denominator, wave))
 
 
 def _fade(length: int, rate_hz: int) -> Wave:
