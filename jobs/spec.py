@@ -1,0 +1,277 @@
+"""A job file and KEY=VALUE words -> a Submission: exactly what the cluster is asked to do.
+
+Nothing here talks to a cluster. A job is checked on this machine first, so that a typing mistake costs no upload. Where
+the cluster reads this machine's files, every relative path and the MLflow database are made absolute: a job runs in a
+copy of the working folder, which Ray deletes afterwards, and results written there would go with it."""
+
+import ipaddress
+import os
+import re
+import secrets
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import chdir
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from meamtm.config import RunConfig, Section, TrackingConfig, build, flatten, load, parse_changes, read_yaml
+from meamtm.errors import ConfigError
+from meamtm.tracking import hide_password, resolve_uri
+from tune.plan import load_plan
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+# Anchored by a slash: these are gitignore patterns, and a bare `data` would leave out meamtm/data too.
+EXCLUDES = (
+    "/.git/",
+    "/.venv/",
+    "/data/",
+    "/runs/",
+    "/studies/",
+    "/mlruns/",
+    "/mlartifacts/",
+    "/mlflow.db*",
+    "/tests/",
+    "/benchmarks/",
+    "__pycache__/",
+    ".*_cache/",
+    ".hypothesis/",
+)
+SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|KEY", re.IGNORECASE)
+
+
+class JobConfig(Section):
+    """What to run on a cluster, and how."""
+
+    kind: Literal["train", "tune", "pack"] | None = Field(None, description="which command runs; every job names one")
+    name: str = Field("job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the job's ID")
+    config: str | None = Field(None, description="train: run file; tune: study file; inside working_dir")
+    changes: tuple[str, ...] = Field((), description="KEY=VALUE words for the run or the study")
+    resume: bool = Field(False, description="train, tune: add --resume")
+    source: str | None = Field(None, description="pack: folder of sounds")
+    out: str | None = Field(None, description="pack: folder of the packed data set")
+    manifest: str | None = Field(None, description="pack: CSV of paths and labels")
+    address: str | None = Field(
+        None, description=f"Ray's dashboard; null: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if http, then {DEFAULT_ADDRESS}"
+    )
+    shares_files: bool | None = Field(
+        None, description="does the cluster read this machine's files? null: yes if the address is this machine's own"
+    )
+    home: str | None = Field(
+        None, description="folder on the cluster that relative paths start from; null: working_dir, if files are shared"
+    )
+    tracking_uri: str | None = Field(None, description="MLflow for the job; null: what the run or study would use here")
+    working_dir: str = Field(".", description="folder that is copied to the cluster")
+    excludes: tuple[str, ...] = Field(
+        EXCLUDES, description="gitignore patterns that are not copied, besides .gitignore"
+    )
+    env: dict[str, str | None] = Field(
+        {}, description="environment of the job and its workers; null: the value that it has here"
+    )
+    cpus: float = Field(0, ge=0, description="CPUs reserved for the entry point itself, not for its workers")
+    gpus: float = Field(0, ge=0, description="GPUs reserved for the entry point itself, not for its workers")
+    python: str | None = Field(
+        None, description="Python there; null: this one if files are shared, else the one on its PATH"
+    )
+    stop_wait_s: int = Field(30, ge=1, le=3_600, description="seconds a stopped job has to end its MLflow runs")
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _words(cls, env: Any) -> Any:
+        if not isinstance(env, Mapping):
+            return env
+        return {str(key): None if value is None else str(value) for key, value in env.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind is None:
+            raise ValueError("kind=null: a job is of a kind; add a line kind: train, kind: tune or kind: pack")
+        needed = ("source", "out") if self.kind == "pack" else ("config",)
+        foreign = ("config", "changes", "resume") if self.kind == "pack" else ("source", "out", "manifest")
+        for key in needed:
+            if getattr(self, key) is None:
+                raise ValueError(f"{key}=null: kind={self.kind} needs it; add a line {key}: PATH")
+        for key in foreign:
+            if getattr(self, key):
+                raise ValueError(f"{key}={getattr(self, key)!r}: kind={self.kind} does not use it; leave it out")
+        if self.address is not None and not self.address.startswith(("http://", "https://")):
+            raise ValueError(
+                f"address={self.address!r} is not an http(s) address; name Ray's dashboard, such as {DEFAULT_ADDRESS}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What the cluster is asked to do."""
+
+    id: str
+    address: str
+    entrypoint: str
+    runtime_env: dict[str, Any]
+    cpus: float
+    gpus: float
+
+
+def load_job(path: str | Path, words: Sequence[str] = ()) -> JobConfig:
+    """Reads a job file; words that name a key of the job change it, all others go to its run or study."""
+    own = [word for word in words if word.partition("=")[0].partition(".")[0] in JobConfig.model_fields]
+    passed = [word for word in words if word not in own]
+    parse_changes(passed)
+    job = build(JobConfig, flatten(read_yaml(path)) | parse_changes(own))
+    return build(JobConfig, flatten(job) | {"changes": [*job.changes, *passed]}) if passed else job
+
+
+def find_address(given: str | None = None) -> str:
+    """Names the cluster's dashboard: the job file's, the environment's or this machine's."""
+    ray_address = os.environ.get("RAY_ADDRESS", "")
+    address = (
+        given
+        or os.environ.get("RAY_API_SERVER_ADDRESS")
+        or (ray_address if ray_address.startswith(("http://", "https://")) else "")
+        or DEFAULT_ADDRESS
+    )
+    if not address.startswith(("http://", "https://")):
+        given = hide_password(address)
+        raise ConfigError(f"address={given} is not an http(s) address; name Ray's dashboard, such as {DEFAULT_ADDRESS}")
+    return address.rstrip("/")
+
+
+def is_this_machine(address: str) -> bool:
+    """Tells a loopback address; a forwarded port looks the same, which is what `shares_files: false` is for."""
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def prepare(job: JobConfig) -> Submission:
+    """Checks a job as the cluster will read it, and writes down what to ask for."""
+    folder = Path(job.working_dir).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"working_dir={job.working_dir}: no such folder; name the one that holds meamtm and configs")
+    address = find_address(job.address)
+    shared = is_this_machine(address) if job.shares_files is None else job.shares_files
+    home = job.home or (str(folder) if shared else None)
+    with chdir(folder):
+        words, env = _pack_words(job, home, shared) if job.kind == "pack" else _run_words(job, home, shared)
+    assert job.kind is not None, "JobConfig has checked it"
+    python = job.python or (sys.executable if shared else "python")
+    return Submission(
+        id=f"{job.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}",
+        address=address,
+        # Quoted word by word: a value is data, whatever a shell would make of it.
+        entrypoint=shlex.join([python, "-m", "jobs.run", job.kind, *words]),
+        runtime_env={
+            "working_dir": str(folder),
+            "excludes": list(job.excludes),
+            "env_vars": _environment(job) | env,
+        },
+        cpus=job.cpus,
+        gpus=job.gpus,
+    )
+
+
+def conceal(text: str, env: Mapping[str, str]) -> str:
+    """Replaces passwords in URIs, and the values of variables whose names sound secret, by ***."""
+    for name, value in env.items():
+        if value and SECRET.search(name):
+            text = text.replace(value, "***")
+    return hide_password(text)
+
+
+def _pack_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str], dict[str, str]]:
+    assert job.source is not None
+    assert job.out is not None
+    source = _there("source", job.source, home)
+    if shared and "://" not in source and not Path(source).expanduser().exists():
+        raise ConfigError(f"source={job.source}: no such folder; name one that holds sounds")
+    words = [source, _there("out", job.out, home)]
+    return words + (["--manifest", _there("manifest", job.manifest, home)] if job.manifest else []), {}
+
+
+def _run_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str], dict[str, str]]:
+    """Reads the run or study as it stands here, and adds the changes that make it mean the same there."""
+    assert job.config is not None
+    path = Path(job.config).resolve()
+    if not path.is_relative_to(Path.cwd()):
+        raise ConfigError(f"config={job.config} lies outside working_dir={job.working_dir} and is not copied; move it")
+    run, paths = _read(job)
+    changes: dict[str, str | None] = {
+        key: there for key, here in paths.items() if (there := _there(key, here, home)) != here
+    }
+    # A job belongs to the cluster that it was given to, and its MLflow is named by the environment.
+    changes |= {"scale.address": None} if run.scale.address is not None else {}
+    changes |= {"tracking.uri": None} if run.tracking.uri is not None else {}
+    kept = [word for word in job.changes if word.partition("=")[0] not in changes]
+    words = [str(path.relative_to(Path.cwd())), *kept, *(_word(key, value) for key, value in changes.items())]
+    return words + (["--resume"] if job.resume else []), _tracking(job, run.tracking, shared)
+
+
+def _read(job: JobConfig) -> tuple[RunConfig, dict[str, str]]:
+    """Checks a run or study; returns the run, or the one that trials start from, and the paths by their keys."""
+    assert job.config is not None
+    if job.kind == "tune":
+        plan = load_plan(job.config, job.changes)
+        run, paths = plan.base, {"studies_dir": plan.config.studies_dir}
+    else:
+        run, paths = load(job.config, parse_changes(job.changes)), {}
+    return run, {"data.path": run.data.path, "data.cache_dir": run.data.cache_dir, "runs_dir": run.runs_dir, **paths}
+
+
+def _word(key: str, value: str | None) -> str:
+    """Writes KEY=VALUE so that reading it as YAML gives the same value back."""
+    return f"{key}={yaml.safe_dump([value], default_flow_style=True, width=1_000_000).strip()[1:-1]}"
+
+
+def _there(key: str, path: str, home: str | None) -> str:
+    """Names a path so that it means the same in the job's copy of the working folder."""
+    if "://" in path or path.startswith(("/", "~")):
+        return path
+    if home is None:
+        raise ConfigError(
+            f"{key}={path} is relative, and the cluster does not see this folder; "
+            f"give an absolute path or URI that its nodes see, or set home"
+        )
+    return str(PurePosixPath(home) / path)
+
+
+def _environment(job: JobConfig) -> dict[str, str]:
+    """Collects the job's environment; a null value is taken from this process."""
+    env = {
+        "PYTHONUNBUFFERED": "1",
+        # A stopped job gets what Ctrl-C is on a terminal: Tune, Train and our own loop all end cleanly on it, and
+        # unlike SIGTERM (which ray.init() takes for itself) it stays theirs.
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(job.stop_wait_s),
+    }
+    for key, value in job.env.items():
+        found = os.environ.get(key) if value is None else value
+        if found is None:
+            raise ConfigError(
+                f"env.{key}=null takes its value from here, where {key} is not set; export it or give one"
+            )
+        env[key] = found
+    return env
+
+
+def _tracking(job: JobConfig, tracking: TrackingConfig, shared: bool) -> dict[str, str]:
+    """Names the MLflow that the job reports to, absolutely."""
+    if not tracking.mlflow:
+        return {}
+    if job.tracking_uri is not None:
+        tracking = tracking.model_copy(update={"uri": job.tracking_uri})
+    uri = resolve_uri(tracking)
+    if not shared and uri.startswith("sqlite"):
+        raise ConfigError(
+            f"tracking_uri={hide_password(uri)} is a file here, which the cluster does not see; "
+            f"start `mlflow server` and give its http(s) address"
+        )
+    return {"MLFLOW_TRACKING_URI": uri}
