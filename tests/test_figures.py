@@ -1,6 +1,7 @@
 """Figures are looked at by people: the files are real images, and what they say is read back from the figure."""
 
 import csv
+import itertools
 import warnings
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_class_names_in_confusion_figure_do_not_overlap(tmp_path: Path, num_clas
     classes = [f"a long class name {number}" for number in range(num_classes)]
     axes = confusion_figure(some_counts(num_classes), classes, tmp_path / "confusion.png").axes[0]
     boxes = [tick.get_window_extent() for tick in axes.get_yticklabels()]
-    assert all(upper.y0 >= lower.y1 - 1 for upper, lower in zip(boxes, boxes[1:], strict=False))
+    assert all(upper.y0 >= lower.y1 - 1 for upper, lower in itertools.pairwise(boxes))
     assert min(tick.get_fontsize() for tick in axes.get_yticklabels()) >= 7
 
 
@@ -86,7 +87,10 @@ def test_per_class_table_ends_with_macro_and_keeps_odd_names(tmp_path: Path) -> 
 
 
 def test_curves_draw_losses_and_scores_by_epoch(tmp_path: Path) -> None:
-    rows = [{"step": s, "time": 1e9 + s, "train/loss": 2 / s, "valid/accuracy": s / 10, "time/epoch_s": 3.0} for s in (1, 2, 3)]
+    rows = [
+        {"step": s, "time": 1e9 + s, "train/loss": 2 / s, "valid/accuracy": s / 10, "time/epoch_s": 3.0}
+        for s in (1, 2, 3)
+    ]
     rows[1] |= {"valid/loss": 1.5}  # a quantity that is not measured at every epoch
     figure = curves_figure(rows, tmp_path / "curves.png")
     drawn = {line.get_label(): line.get_xydata().tolist() for axes in figure.axes for line in axes.lines}

@@ -40,6 +40,17 @@ MANNERS = {
 }
 """Environment defaults for MLflow in this process; a value that the user has set stays."""
 
+CAUSES = (
+    "Connection refused",
+    "Connection aborted",
+    "Connection reset",
+    "timed out",
+    "Name or service not known",
+    "Network is unreachable",
+    "Max retries exceeded",
+)
+"""What matters in the long lines of the HTTP libraries, the most telling first."""
+
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -115,22 +126,21 @@ def unusable(uri: str, error: Exception) -> ServiceError:
 
 def is_away(error: Exception) -> bool:
     """Tells a service that may answer later (connection, time limit, overload, locked database) from a refusal."""
+    import requests
     from mlflow.exceptions import MlflowException
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is None and isinstance(error, MlflowException):
         status = error.get_http_status_code()
     if status is not None:
-        return status >= 500 or status in (408, 429)
-    here = PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError
-    return isinstance(error, OSError) and not isinstance(error, here)
+        return status in (408, 429, 500, 502, 503, 504)
+    return isinstance(error, ConnectionError | TimeoutError | socket.gaierror | requests.RequestException)
 
 
 def explain(error: Exception) -> str:
     """Gives the first line of an error, shortened and without passwords."""
     line = hide_password(str(error)).strip().partition("\n")[0]
-    cause = re.search(r"Connection refused|timed out|Name or service not known|Max retries exceeded", line)
-    text = cause.group().lower() if cause else line or type(error).__name__
+    text = next((cause.lower() for cause in CAUSES if cause in line), line or type(error).__name__)
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
@@ -225,11 +235,11 @@ def _check_http(uri: str) -> None:
     creds = get_default_host_creds(uri)
     answer = http_request(creds, path, "POST", json={"max_results": 1}, timeout=ANSWER_S, max_retries=0)
     assert answer is not None
-    verify_rest_response(answer, path)
-    if "json" not in answer.headers.get("Content-Type", ""):
+    if answer.status_code in (200, 404, 405, 501) and "json" not in answer.headers.get("Content-Type", ""):
         raise ServiceError(
             f"tracking.uri={hide_password(uri)} is not an MLflow server; correct it, or set tracking.mlflow=false"
         )
+    verify_rest_response(answer, path)
 
 
 def _prepare_sqlite(uri: str) -> None:

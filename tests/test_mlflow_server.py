@@ -1,0 +1,193 @@
+"""A real `mlflow server` on this machine: what is logged arrives, also when the server dies and returns."""
+
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from mlflow_points import points_in, points_of
+
+from meamtm.config import TrackingConfig
+from meamtm.errors import ServiceError
+from meamtm.tracking import (
+    MLflowSink,
+    finish_orphans,
+    hide_password,
+    open_sink,
+)
+from meamtm.tracking.server import connect, is_away
+
+
+class Server:
+    """`mlflow server` on this machine, which can be killed and started again on the same port and store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        words = f"-m mlflow server --backend-store-uri sqlite:///{self.folder}/mlflow.db --host 127.0.0.1 --workers 1"
+        words += f" --artifacts-destination {self.folder}/artifacts --port {self.port}"
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *words.split()], stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        assert answers(f"{self.uri}/health"), (self.folder / "server.log").read_text()
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: the server and its workers
+            self.process.wait()
+            self.process = None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(url: str, wait_s: float = 60.0) -> bool:
+    deadline_s = time.monotonic() + wait_s
+    while time.monotonic() < deadline_s:
+        try:
+            return requests.get(url, timeout=1).ok
+        except requests.ConnectionError:
+            time.sleep(0.1)
+    return False
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(one_server: Server) -> Server:
+    """A running server; it takes seconds to start, so tests share it and may kill it."""
+    if one_server.process is None:
+        one_server.start()
+    return one_server
+
+
+@pytest.mark.slow
+def test_server_has_everything_that_was_logged(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open_sink(TrackingConfig(uri=server.uri), tmp_path / "run", "r") as sink:
+        sink.start({"optim.lr": 0.1}, {"signature": "0a1b"})
+        for step in range(1, 6):
+            sink.log({"train/loss": 1 / step, "valid/accuracy": step / 7}, step)
+        (tmp_path / "table.csv").write_text("a,b\n")
+        sink.artifact(tmp_path / "table.csv", "figures")
+    run_id = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
+    run = connect(server.uri).get_run(run_id)
+    assert (run.data.params, run.data.tags["signature"], run.info.status) == ({"optim.lr": "0.1"}, "0a1b", "FINISHED")
+    assert points_of(server.uri, run_id) == points_in(tmp_path / "run" / "metrics.jsonl")
+    [file] = server.folder.rglob("table.csv")
+    assert file.read_text() == "a,b\n"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_server_that_dies_and_returns_misses_no_point(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_sink(TrackingConfig(uri=server.uri), tmp_path / "run", "r") as sink:
+        sink.start({}, {})
+        for step in range(1, 101):
+            began_s = time.monotonic()
+            sink.log({"train/loss": 1 / step, "valid/accuracy": step / 100}, step)
+            assert time.monotonic() - began_s < 0.1
+            if step == 30:
+                server.kill()
+            time.sleep(0.01)
+        server.start()
+    run_id = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
+    assert points_of(server.uri, run_id) == points_in(tmp_path / "run" / "metrics.jsonl")
+    assert len(points_in(tmp_path / "run" / "metrics.jsonl")) == 200
+    assert connect(server.uri).get_run(run_id).info.status == "FINISHED"
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert re.match(
+        rf"MLflow at tracking.uri={server.uri} does not answer \(connection \w+\); the run goes", warnings[0]
+    )
+
+
+@pytest.mark.slow
+def test_server_that_stays_away_costs_a_bounded_wait_and_a_count(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = MLflowSink(server.uri, "e", "r", close_wait_s=1.0)
+    sink.start({}, {})
+    time.sleep(0.5)  # the start is delivered
+    server.kill()
+    for step in (1, 2, 3):
+        sink.log({"a": step, "b": step}, step)
+    began_s = time.monotonic()
+    sink.close()
+    assert time.monotonic() - began_s < 3
+    assert f"did not take the last 6 points of run {sink.run_id}, which it shows as RUNNING" in caplog.text
+    assert finish_orphans(server.uri, [sink.run_id or ""]) == 0
+    assert "runs may be left RUNNING: tracking.uri=" in caplog.text
+    assert finish_orphans(f"sqlite:///{server.folder}/mlflow.db", [sink.run_id or ""]) == 1
+
+
+def test_server_that_does_not_answer_is_one_clear_line_within_ten_seconds() -> None:
+    uri = f"http://me:s3cret@127.0.0.1:{free_port()}"
+    began_s = time.monotonic()
+    with pytest.raises(ServiceError) as error:
+        MLflowSink(uri, "e", "r").start({}, {})
+    assert time.monotonic() - began_s < 10
+    assert str(error.value) == (
+        f"tracking.uri={hide_password(uri)} does not answer (connection refused); "
+        "start the server or correct tracking.uri, or go without by tracking.mlflow=false"
+    )
+    assert error.value.__suppress_context__  # MLflow's own error has the password in it
+
+
+def test_server_that_accepts_and_stays_silent_is_an_error_within_ten_seconds() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        began_s = time.monotonic()
+        with pytest.raises(ServiceError, match=r"tracking.uri=http://127.* does not answer \(.*timed out"):
+            connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert time.monotonic() - began_s < 10
+
+
+def test_server_of_something_else_is_an_error_that_says_so(tmp_path: Path) -> None:
+    port = free_port()
+    other = subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert answers(f"http://127.0.0.1:{port}/")
+        with pytest.raises(ServiceError, match=r"tracking.uri=http://127.* is not an MLflow server; correct it"):
+            connect(f"http://127.0.0.1:{port}")
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_errors_of_a_network_pass_and_refusals_do_not() -> None:
+    assert is_away(ConnectionRefusedError())
+    assert is_away(TimeoutError())
+    assert not is_away(PermissionError())
+    assert not is_away(ValueError())
