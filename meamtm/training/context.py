@@ -12,8 +12,8 @@ from meamtm.tracking import Sink
 from meamtm.training.checkpoint import newest, publish
 
 
-class Stopped(Exception):  # noqa: N818
-    """Training was asked to stop, and has saved what it had."""
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, and has saved what it had; to a record this is KILLED, not FAILED."""
 
 
 class Context(Protocol):

@@ -1,0 +1,252 @@
+"""A run on Ray Train workers: the only file of meamtm that imports Ray.
+
+Ray brings up the processes, their process group and their restarts; what they execute is `train(config, context)`. A
+run's Ray name is its run folder's, so Ray's checkpoints are the run's and the same command continues it. Workers log
+nothing: their metrics come back through a queue to the process that started the run, which keeps the record."""
+
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import torch
+
+from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, run_name
+from meamtm.errors import ConfigError, MeamtmError, ServiceError
+from meamtm.tracking import Sink
+from meamtm.training.checkpoint import NUM_KEPT, newest
+from meamtm.training.run import Outcome, absolute, conclude, finished, open_record, run_folder, run_here
+from meamtm.training.train import train
+
+if TYPE_CHECKING:
+    import ray.train
+    import ray.train.torch
+
+logger = logging.getLogger(__name__)
+CONNECT_S = 10.0
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def run(
+    config: RunConfig, extra_sinks: Sequence[Sink] = (), should_stop: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Trains, tests and records a run where `scale` wants it: in this process, or on Ray Train workers."""
+    if config.scale.workers == 0:
+        return run_here(config, extra_sinks, should_stop)
+    return run_on_ray(config, extra_sinks)
+
+
+def run_on_ray(config: RunConfig, extra_sinks: Sequence[Sink] = ()) -> Outcome:
+    """Trains on `scale.workers` workers, then tests and records here; continues a run that was cut off."""
+    import ray.train
+
+    config = absolute(config)
+    if (done := finished(config)) is not None:
+        return done
+    with open_record(config) as sinks:  # a tracking server or data set that is away shows before any worker starts
+        connect(config.scale.address)
+        check_resources(config.scale)
+        with _listener((sinks, *extra_sinks)) as callback:
+            try:
+                metrics = make_trainer(config, callbacks=[callback]).fit().return_value
+            except ray.train.TrainingFailedError as error:
+                raise _mistake(error) or error from error
+        assert isinstance(metrics, dict), "every worker returns the last metrics"
+        return conclude(config, metrics, sinks)
+
+
+def make_trainer(
+    config: RunConfig, callbacks: Sequence["ray.train.UserCallback"] = ()
+) -> "ray.train.torch.TorchTrainer":
+    """Builds the Ray Train run of a config whose paths are absolute; `fit().return_value` is the last metrics."""
+    import ray.train
+    import ray.train.torch
+
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    scale = config.scale
+    use_gpu = uses_gpu(scale)
+    per_worker = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if use_gpu else {})
+    threads = str(scale.threads or max(1, int(scale.cpus_per_worker)))
+    return ray.train.torch.TorchTrainer(
+        _train_on_worker,
+        train_loop_config=flatten(config),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.workers, use_gpu=use_gpu, resources_per_worker=per_worker
+        ),
+        run_config=ray.train.RunConfig(
+            name=run_name(config),
+            storage_path=config.runs_dir,
+            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=NUM_KEPT),
+            callbacks=list(callbacks),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        ),
+    )
+
+
+class WorkerContext:
+    """A Ray Train worker; checkpoints lie in the run folder, which every node must reach."""
+
+    def __init__(self, config: RunConfig) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self._folder = run_folder(config)
+
+    def resume_from(self) -> Path | None:
+        """Names the newest complete checkpoint in the run folder, whoever wrote it: Ray's workers or a plain run."""
+        return newest(self._folder)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+        """Uploads rank 0's checkpoint into the run folder and waits for the other ranks."""
+        import ray.train
+
+        uploaded = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint is not None else None
+        name = checkpoint.name if checkpoint is not None else None
+        ray.train.report(dict(metrics), uploaded, checkpoint_dir_name=name)
+        if checkpoint is not None:
+            shutil.rmtree(checkpoint.parent)
+
+    def should_stop(self) -> bool:
+        """Never asks to stop: Ray ends its workers itself."""
+        return False
+
+
+def connect(address: str | None = None, *, dashboard: bool = False) -> None:
+    """Joins the Ray cluster at `scale.address` or RAY_ADDRESS, or starts one on this machine; once per process."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is not None:
+        _check_answers(address)
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else {"include_dashboard": dashboard}),
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ServiceError(
+            f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a cluster with "
+            f"`ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
+        ) from error
+
+
+def check_resources(scale: ScaleConfig) -> None:
+    """Refuses to wait forever for CPUs or GPUs that the cluster does not have."""
+    import ray
+
+    wanted = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
+    there = ray.cluster_resources()
+    for kind, per_worker in wanted.items():
+        if scale.workers * per_worker > there.get(kind, 0):
+            key = f"scale.{kind.lower()}s_per_worker"
+            raise ConfigError(
+                f"scale.workers={scale.workers} x {key}={per_worker:g} needs {scale.workers * per_worker:g} {kind}, and "
+                f"the cluster has {there.get(kind, 0):g}; lower one of them"
+            )
+
+
+def uses_gpu(scale: ScaleConfig) -> bool:
+    """Tells whether workers get GPUs: where asked for, or where the cluster has some and nothing forbids it."""
+    import ray
+
+    if scale.device == "auto":
+        return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    return scale.device == "cuda"
+
+
+def _train_on_worker(flat: dict[str, Any]) -> dict[str, float]:
+    config = from_flat(flat)
+    torch.set_num_threads(config.scale.threads or max(1, int(config.scale.cpus_per_worker)))
+    return train(config, WorkerContext(config))
+
+
+@contextmanager
+def _listener(sinks: Sequence[Sink]) -> Iterator["ray.train.UserCallback"]:
+    """Gives a callback for Ray's controller, whose reports a thread of this process hands to the sinks."""
+    from ray.util.queue import Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    thread = Thread(target=_log_all, args=(queue, sinks), name="metrics from workers", daemon=True)
+    thread.start()
+    try:
+        yield _forwarder(queue)
+    finally:
+        queue.put(None)
+        thread.join(CONNECT_S)
+        queue.shutdown()
+
+
+def _forwarder(queue: Any) -> "ray.train.UserCallback":
+    import ray.train
+
+    class Forwarder(ray.train.UserCallback):
+        """Sends rank 0's metrics home; ranks agree, since they are sums over all of them."""
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            """Runs in Ray's controller."""
+            del run_context, checkpoint
+            queue.put(metrics[0])
+
+    return Forwarder()
+
+
+def _log_all(queue: Any, sinks: Sequence[Sink]) -> None:
+    last = 0
+    while (metrics := queue.get()) is not None:
+        step = int(metrics["epoch"])
+        if step > last:  # after a restart the epochs since the checkpoint come again, with the same numbers
+            for sink in sinks:
+                sink.log(metrics, step)
+        last = max(last, step)
+
+
+def _mistake(error: BaseException) -> MeamtmError | None:
+    """Finds the user's mistake inside a failure that Ray reports."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        seen: BaseException | None = failure
+        while seen is not None:
+            if isinstance(seen, MeamtmError):
+                return seen
+            seen = seen.__cause__ or getattr(seen, "cause", None)
+    return None
+
+
+def _check_answers(address: str) -> None:
+    """Knocks at HOST:PORT or ray://HOST:PORT; `auto` and `local` are Ray's own words."""
+    if address in ("auto", "local"):
+        return
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=CONNECT_S):
+            return
+    except (OSError, ValueError) as error:
+        raise ServiceError(
+            f"scale.address={address}: no Ray cluster answers there ({error}); check host and port, start one with "
+            f"`ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]

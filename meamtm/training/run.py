@@ -1,0 +1,143 @@
+"""One config -> a run folder with a trained, tested and recorded model, in this process."""
+
+import json
+import logging
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from meamtm import __version__
+from meamtm.config import RunConfig, flatten, override, run_name, signature, write_yaml
+from meamtm.data.packed import read_card
+from meamtm.tracking import (
+    Sink,
+    Sinks,
+    confusion_figure,
+    curves_figure,
+    open_sink,
+    per_class_table,
+    read_rows,
+    resolve_uri,
+)
+from meamtm.training.checkpoint import newest, read_record
+from meamtm.training.context import LocalContext, choose_device
+from meamtm.training.evaluate import Evaluation, evaluate
+from meamtm.training.train import train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves behind."""
+
+    folder: Path
+    checkpoint: Path
+    metrics: dict[str, float]
+    """Of the last epoch."""
+    evaluation: Evaluation | None
+    """None where no clip is held out."""
+
+
+def run_here(
+    config: RunConfig, extra_sinks: Sequence[Sink] = (), should_stop: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Trains in this process, tests on the test fold and records both; a finished run only reads its record."""
+    config = absolute(config)
+    if (done := finished(config)) is not None:
+        return done
+    if config.scale.threads is not None:
+        torch.set_num_threads(config.scale.threads)
+    with open_record(config) as sinks:
+        context = LocalContext(run_folder(config), choose_device(config.scale), (sinks, *extra_sinks), should_stop)
+        return conclude(config, train(config, context), sinks)
+
+
+def conclude(config: RunConfig, metrics: dict[str, float], sinks: Sinks) -> Outcome:
+    """Tests the newest checkpoint on the test fold, once, and records the result."""
+    folder = run_folder(config)
+    checkpoint = newest(folder)
+    assert checkpoint is not None, "training ends with a checkpoint"
+    evaluation = evaluate(checkpoint) if _holds_out(config) else None
+    if evaluation is not None:
+        sinks.log(evaluation.metrics, int(metrics["epoch"]))
+        record_evaluation(evaluation, folder / "test", sinks)
+    curves_figure(read_rows(folder / "metrics.jsonl"), folder / "curves.png")
+    for name in ("config.yaml", "curves.png"):
+        sinks.artifact(folder / name)
+    return Outcome(folder, checkpoint, metrics, evaluation)
+
+
+def finished(config: RunConfig) -> Outcome | None:
+    """Tells what the run found, if its last epoch is trained and, where clips are held out, tested."""
+    folder = run_folder(config)
+    checkpoint = newest(folder)
+    if checkpoint is None:
+        return None
+    record = read_record(checkpoint)
+    is_tested = not _holds_out(config) or (folder / "test" / "metrics.json").exists()
+    if record["epoch"] < config.train.epochs or not is_tested:
+        return None
+    evaluation = evaluate(checkpoint) if _holds_out(config) else None
+    return Outcome(folder, checkpoint, record["metrics"], evaluation)
+
+
+def open_record(config: RunConfig, parent_run_id: str | None = None) -> Sinks:
+    """Starts the run's record where its newest checkpoint left it: config.yaml, metrics.jsonl and MLflow."""
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = newest(folder)
+    sinks = open_sink(config.tracking, folder, run_name(config), parent_run_id=parent_run_id)
+    sinks.start(flatten(config), tags(config), from_step=int(read_record(found)["epoch"]) if found else 0)
+    write_yaml(folder / "config.yaml", flatten(config))
+    return sinks
+
+
+def record_evaluation(evaluation: Evaluation, folder: Path, sinks: Sink) -> None:
+    """Writes metrics, the confusion matrix and the per-class table, and hands them to the sinks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(evaluation.metrics, indent=1))
+    if evaluation.confusion is not None:
+        confusion_figure(evaluation.confusion, evaluation.classes, folder / "confusion.png")
+        per_class_table(evaluation.confusion, evaluation.classes, folder / "per_class.csv")
+    for path in sorted(folder.iterdir()):
+        sinks.artifact(path, "test")
+
+
+def tags(config: RunConfig) -> dict[str, str]:
+    """Says which code and which data a run is made of."""
+    return {
+        "signature": signature(config),
+        "data_digest": read_card(config.data.path).digest,
+        "git_commit": _git_commit(),
+        "meamtm_version": __version__,
+    }
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Resolves every relative path against the current folder, since Ray's workers live in others."""
+    changes: dict[str, str] = {"runs_dir": str(Path(config.runs_dir).expanduser().resolve())}
+    if "://" not in config.data.path:
+        changes["data.path"] = str(Path(config.data.path).expanduser().resolve())
+    if config.tracking.mlflow:
+        changes["tracking.uri"] = resolve_uri(config.tracking)
+    return override(config, changes)
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Names the folder of everything that a run writes."""
+    return Path(config.runs_dir) / run_name(config)
+
+
+def _holds_out(config: RunConfig) -> bool:
+    return config.data.test_fold is not None
+
+
+def _git_commit() -> str:
+    """Names the commit of the code in use, or says that it is not in a git checkout."""
+    home = Path(__file__).parent
+    found = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
