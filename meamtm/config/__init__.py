@@ -3,6 +3,7 @@
 from meamtm.config.flat import (
     Value,
     build,
+    describe,
     differences,
     flatten,
     from_flat,
@@ -46,6 +47,7 @@ __all__ = [
     "TrainConfig",
     "Value",
     "build",
+    "describe",
     "differences",
     "flatten",
     "from_flat",

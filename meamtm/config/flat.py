@@ -168,3 +168,9 @@ def _field(model: type[BaseModel], key: str) -> Any:
             return None
         model = field.annotation  # type: ignore[assignment]
     return field
+
+
+def describe(model: type[BaseModel], key: str) -> str:
+    """Gives the meaning of a dotted key, with its unit."""
+    field = _field(model, key)
+    return (field.description or "") if field is not None else ""

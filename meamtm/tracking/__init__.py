@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from meamtm.config import TrackingConfig
-from meamtm.tracking.figures import confusion_figure, curves_figure, per_class_table
+from meamtm.tracking.figures import confusion_figure, curves_figure, per_class, per_class_table
 from meamtm.tracking.mlflow_sink import MLflowSink
 from meamtm.tracking.server import finish_orphans, hide_password, how_to_open, resolve_uri
 from meamtm.tracking.sink import JsonLines, Metrics, Sink, Sinks, Status, read_rows
@@ -25,17 +25,21 @@ __all__ = [
     "hide_password",
     "how_to_open",
     "open_sink",
+    "per_class",
     "per_class_table",
     "read_rows",
     "resolve_uri",
+    "run_id_in",
 ]
+
+MEMO = "mlflow.json"
 
 
 def open_sink(tracking: TrackingConfig, folder: Path, run_name: str, *, parent_run_id: str | None = None) -> Sinks:
     """Returns the sinks of the run in this folder, not yet started: `metrics.jsonl`, and MLflow if `tracking.mlflow`.
 
-    The MLflow run's id is kept in `mlflow.json`, so that the same folder on the same server continues the same run,
-    and points that never reached the server are sent from `metrics.jsonl`."""
+    The MLflow run's id is kept in `mlflow.json` there, so that the same folder on the same server continues the same
+    run, and points that never reached the server are sent from `metrics.jsonl`."""
     lines = folder / "metrics.jsonl"
     if not tracking.mlflow:
         return Sinks(JsonLines(lines))
@@ -44,18 +48,18 @@ def open_sink(tracking: TrackingConfig, folder: Path, run_name: str, *, parent_r
         uri,
         tracking.experiment,
         run_name,
-        run_id=_remembered(folder / "mlflow.json", uri),
+        run_id=run_id_in(folder, uri),
         parent_run_id=parent_run_id,
         history=lines,
-        memo=folder / "mlflow.json",
+        memo=folder / MEMO,
     )
     return Sinks(remote, JsonLines(lines))  # MLflow first: a server that is away stops the run before a file changes
 
 
-def _remembered(memo: Path, uri: str) -> str | None:
-    """Gives the run id that this folder had on this server."""
+def run_id_in(folder: Path, uri: str | None = None) -> str | None:
+    """Gives the id of this folder's MLflow run, if it has one (on that server)."""
     try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        memo = json.loads((folder / MEMO).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # a crash may have left half of it: the run begins anew
         return None
-    return known.get("run_id") if known.get("uri") == hide_password(uri) else None
+    return memo["run_id"] if uri is None or memo["uri"] == hide_password(uri) else None

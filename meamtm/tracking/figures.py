@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MOST_COUNTED = 20
 """Classes up to which every cell shows its count; beyond, the numbers would be too small to read."""
 
+SCORES = ("precision", "recall", "f1", "support")
+
 
 def confusion_figure(
     matrix: Num[np.ndarray, "label label"], classes: Sequence[str], path: Path
@@ -51,26 +53,30 @@ def confusion_figure(
     return figure
 
 
-def per_class_table(
-    matrix: Num[np.ndarray, "label label"], classes: Sequence[str], path: Path
-) -> list[dict[str, str | float]]:
-    """Writes precision, recall, F1 and support of each class, and their plain means as `macro`, as CSV.
+def per_class(matrix: Num[np.ndarray, "label label"], classes: Sequence[str]) -> list[dict[str, str | float]]:
+    """Gives precision, recall, F1 and support of each class, and their plain means as `macro`.
 
-    A class that was never predicted has precision 0, and one that never occurs recall 0. Returns the rows."""
+    A class that was never predicted has precision 0, and one that never occurs recall 0."""
     right = np.diagonal(matrix).astype(float)
     support, predicted = matrix.sum(axis=1), matrix.sum(axis=0)
     precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)
     f1 = 2 * right / np.maximum(support + predicted, 1)
     scores = np.stack([precision, recall, f1, support], axis=1)  # (label, score)
     last = [*scores[:, :3].mean(axis=0), support.sum()]
-    keys = ("precision", "recall", "f1", "support")
-    rows: list[dict[str, str | float]] = [
-        {"class": name, **{key: round(float(value), 6) for key, value in zip(keys, values, strict=True)}}
+    return [
+        {"class": name, **{key: round(float(value), 6) for key, value in zip(SCORES, values, strict=True)}}
         for name, values in zip([*classes, "macro"], [*scores, last], strict=True)
     ]
+
+
+def per_class_table(
+    matrix: Num[np.ndarray, "label label"], classes: Sequence[str], path: Path
+) -> list[dict[str, str | float]]:
+    """Writes the scores of each class as CSV, and returns its rows."""
+    rows = per_class(matrix, classes)
     scratch = _scratch(path)
     with scratch.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=["class", *keys])
+        writer = csv.DictWriter(file, fieldnames=["class", *SCORES])
         writer.writeheader()
         writer.writerows({**row, "support": f"{row['support']:g}"} for row in rows)
     scratch.replace(path)

@@ -1,0 +1,244 @@
+"""The `meamtm` command. Only this file prints; heavy libraries are imported inside the commands, so that help is quick."""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from meamtm.errors import MeamtmError
+
+if TYPE_CHECKING:
+    from meamtm.config import RunConfig
+    from meamtm.training.evaluate import Evaluation
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="A small folder of labelled sounds becomes a good classifier: pack, train, evaluate, predict.",
+)
+console = Console()
+Changes = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changed settings, as `meamtm show` names them")
+]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of differences from the defaults")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="run folder or checkpoint folder")]
+
+
+def main() -> None:
+    """Runs the command: 0 done, 2 the user's mistake in one line, 1 anything else."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("meamtm").setLevel(logging.INFO)
+    try:
+        app()
+    except MeamtmError as error:
+        typer.echo(f"meamtm: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        typer.echo(f"meamtm: {error or 'interrupted'}", err=True)
+        sys.exit(1)
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")],
+    clips_per_class: Annotated[int, typer.Option(help="clips of each of the 10 classes")] = 40,
+    clip_s: Annotated[float, typer.Option(help="length of a clip, s")] = 2.0,
+    seed: Annotated[int, typer.Option(help="another seed makes other sounds")] = 0,
+) -> None:
+    """Write the built-in sound set as audio files and a CSV."""
+    from meamtm.data.synth import write_synth
+
+    with _counting("writing sounds") as progress:
+        write_synth(out, clips_per_class=clips_per_class, clip_s=clip_s, seed=seed, progress=progress)
+    console.print(f"{10 * clips_per_class} clips of {clip_s:g} s, 10 classes, 5 folds: {out}")
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="ESC-50-style folder, or one folder per class")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="data set to write")],
+    manifest: Annotated[Path | None, typer.Option(help="CSV with path,label and optionally fold,group,split")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="an unusable file is an error")] = False,
+) -> None:
+    """Pack labelled sounds into a data set of Parquet files."""
+    from meamtm.data.pack import pack as pack_folder
+
+    with _counting("packing") as progress:
+        card = pack_folder(source, out, manifest, strict=strict, progress=progress)
+    folds = f"{len(card.folds)} folds" if card.folds else "its own train/valid/test split"
+    rejected = f", {card.num_rejected} rejected (see {out / 'rejected.csv'})" if card.num_rejected else ""
+    console.print(
+        f"{card.num_clips} clips, {len(card.classes)} classes, {folds}, {card.total_s / 60:.1f} min{rejected}: {out}"
+    )
+
+
+@app.command()
+def show(config: ConfigPath, changes: Changes = None) -> None:
+    """Print the resolved settings and what they cost."""
+    from meamtm.config import RunConfig, describe, flatten, run_name
+    from meamtm.model.cost import cost
+
+    resolved = _load(config, changes)
+    defaults = flatten(RunConfig())
+    table = Table("key", "value", "meaning", title=run_name(resolved), title_justify="left")
+    for key, value in flatten(resolved).items():
+        table.add_row(key, str(value), describe(RunConfig, key), style="bold" if value != defaults[key] else None)
+    console.print(table)
+    price = cost(resolved, _num_labels(resolved))
+    console.print(
+        f"{price.num_params:,} parameters, {price.num_tokens} tokens, {price.num_macs / 1e6:,.0f} million MACs per clip, "
+        f"checkpoint {price.checkpoint_bytes / 1e6:,.1f} MB"
+    )
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    changes: Changes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="require that there is something to continue")] = False,
+) -> None:
+    """Train, then test on the test fold; the same command again continues, or says that it is done."""
+    from meamtm.distributed import run
+    from meamtm.tracking import how_to_open
+    from meamtm.training.run import absolute, finished, run_folder
+
+    settings = absolute(_load(config, changes))
+    folder = run_folder(settings)
+    if resume and not any(folder.glob("epoch-*")):
+        raise MeamtmError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out to begin")
+    is_done = finished(settings) is not None
+    with _stop_on_signal() as should_stop, _epochs(settings, "done" if is_done else "training") as bar:
+        outcome = run(settings, (bar,), should_stop)
+    if is_done:
+        console.print("this run is done; nothing was trained. Change a setting or `name` for another one.")
+    if outcome.evaluation is not None:
+        _print_evaluation(outcome.evaluation)
+    console.print(f"checkpoint  {outcome.checkpoint}\nrun folder  {outcome.folder}")
+    if settings.tracking.mlflow and settings.tracking.uri:
+        console.print(f"MLflow      {how_to_open(settings.tracking.uri)}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str | None, typer.Option(help="another data set with the same classes")] = None,
+    fold: Annotated[int | None, typer.Option(help="another fold than the one held out")] = None,
+) -> None:
+    """Test a checkpoint on the fold that it never saw, or on other data."""
+    from meamtm.training.evaluate import evaluate as test
+
+    _print_evaluation(test(checkpoint, data, fold))
+
+
+def _load(config: Path, changes: list[str] | None) -> "RunConfig":
+    from meamtm.config import load, parse_changes
+
+    return load(config, parse_changes(changes or []))
+
+
+def _num_labels(config: "RunConfig") -> int:
+    """Counts the data set's classes, if it is there; ten otherwise."""
+    from meamtm.data.packed import read_card
+    from meamtm.errors import DataError
+
+    try:
+        return len(read_card(config.data.path).classes)
+    except DataError as error:
+        console.print(f"{error}\nits cost is given for 10 classes")
+        return 10
+
+
+def _print_evaluation(evaluation: "Evaluation") -> None:
+    metrics = evaluation.metrics
+    where = "all clips" if evaluation.fold is None else f"fold {evaluation.fold}"
+    console.print(
+        f"test on {where}: {len(evaluation.clip_ids)} clips, "
+        + ", ".join(f"{key.removeprefix('test/')} {value:.4f}" for key, value in metrics.items())
+    )
+    if evaluation.confusion is None:
+        return
+    from meamtm.tracking import per_class
+
+    table = Table("class", "precision", "recall", "F1", "clips")
+    for row in per_class(evaluation.confusion, evaluation.classes):
+        scores = (f"{row[key]:.2f}" for key in ("precision", "recall", "f1"))
+        table.add_row(str(row["class"]), *scores, f"{row['support']:g}")
+    console.print(table)
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows a bar and gives the function that moves it: (done, total)."""
+    with _bar() as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class _EpochBar:
+    """A sink that moves a progress bar."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
+        """Has nothing to prepare."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Shows the newest figures."""
+        shown = [f"{key} {metrics[key]:.3f}" for key in ("train/loss", "valid/accuracy", "valid/map") if key in metrics]
+        self._progress.update(self._task, completed=step, description="  ".join(shown) or None)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Shows no files."""
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Ends with its bar."""
+
+
+@contextmanager
+def _epochs(config: "RunConfig", what: str) -> Iterator[_EpochBar]:
+    with _bar() as progress:
+        yield _EpochBar(progress, progress.add_task(what, total=config.train.epochs))
+
+
+def _bar() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop, which training grants after the step; a second one kills."""
+    asked = threading.Event()
+
+    def ask(number: int, _frame: object) -> None:
+        asked.set()
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    main()
