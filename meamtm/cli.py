@@ -141,6 +141,63 @@ def evaluate(
     _print_evaluation(test(checkpoint, data, fold))
 
 
+@app.command()
+def predict(
+    checkpoint: Checkpoint,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="audio files, or folders of them")],
+    out: Annotated[Path | None, typer.Option(help="CSV to write instead of the table")] = None,
+) -> None:
+    """Name the sounds in audio files."""
+    from meamtm.inference.predict import classify_files, find_audio
+    from meamtm.training.checkpoint import load_model
+
+    saved, files = load_model(checkpoint), find_audio(paths)
+    with _counting("listening") as progress:
+        answers = list(_counted(classify_files(saved, files), len(files), progress))
+    classes = saved.labels.classes
+    if out is not None:
+        from meamtm.inference.predict import write_csv
+
+        write_csv(out, classes, answers)
+        console.print(f"{len(answers)} files: {out}")
+        return
+    table = Table("file", "class", "probability", "next")
+    for answer in answers:
+        if answer.values is None:
+            table.add_row(str(answer.path), answer.problem, "", "", style="dim")
+            continue
+        first, second = answer.values.argsort()[::-1][:2]
+        next_best = f"{classes[second]} {answer.values[second]:.3f}"
+        table.add_row(str(answer.path), classes[first], f"{answer.values[first]:.3f}", next_best)
+    console.print(table)
+
+
+@app.command()
+def embed(
+    checkpoint: Checkpoint,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="audio files, or folders of them")],
+    out: Annotated[Path, typer.Option(help="NumPy .npz file to write: path (file,), embedding (file, width)")],
+) -> None:
+    """Turn audio files into embeddings, for search, clustering or another classifier."""
+    from meamtm.inference.predict import embed_files, find_audio, write_npz
+    from meamtm.training.checkpoint import load_model
+
+    saved, files = load_model(checkpoint), find_audio(paths)
+    with _counting("listening") as progress:
+        answers = list(_counted(embed_files(saved, files), len(files), progress))
+    for answer in answers:
+        if answer.values is None:
+            console.print(answer.problem, style="dim")
+    num_files = write_npz(out, answers)
+    console.print(f"{num_files} embeddings of width {saved.config.encoder.width}: {out}")
+
+
+def _counted(items: Iterator[Any], total: int, progress: Callable[[int, int], None]) -> Iterator[Any]:
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress(done, total)
+
+
 def _load(config: Path, changes: list[str] | None) -> "RunConfig":
     from meamtm.config import load, parse_changes
 

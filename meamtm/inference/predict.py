@@ -1,0 +1,110 @@
+"""Audio files and a checkpoint -> probabilities or embeddings, file by file."""
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from meamtm.data.audio import read_audio
+from meamtm.errors import DataError
+from meamtm.model.transformer import AudioTransformer
+from meamtm.training.checkpoint import Saved
+from meamtm.training.step import FULL_SCALE
+
+AUDIO = frozenset({".wav", ".flac", ".ogg", ".mp3"})
+WINDOWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one file gave: numbers, or the reason why not."""
+
+    path: Path
+    values: Float32[np.ndarray, " value"] | None
+    problem: str = ""
+
+
+def find_audio(paths: Sequence[Path]) -> list[Path]:
+    """Lists the audio files among paths and inside folders, in a fixed order; DataError if there is none."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder; name audio files or folders of them")
+    if not found:
+        raise DataError(
+            f"{', '.join(map(str, paths))}: no {', '.join(sorted(AUDIO))} file in there; name another folder"
+        )
+    return found
+
+
+def classify_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
+    """Gives each file's probabilities (label,), the mean over windows of the length that the model was trained on."""
+    for path in paths:
+        yield _answer(saved, path, lambda waveform: _probabilities(saved, waveform))
+
+
+def embed_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
+    """Gives each file's embedding (width,), the mean over its windows."""
+    for path in paths:
+        yield _answer(saved, path, saved.model.features)
+
+
+def write_csv(out: Path, classes: Sequence[str], answers: Sequence[Answer]) -> None:
+    """Writes one line per file: its best class, every class's probability, and what was wrong with it."""
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", *classes, "problem"])
+        for answer in answers:
+            if answer.values is None:
+                writer.writerow([answer.path, "", *[""] * len(classes), answer.problem])
+            else:
+                best = classes[int(answer.values.argmax())]
+                writer.writerow([answer.path, best, *(f"{value:.6f}" for value in answer.values), ""])
+
+
+def write_npz(out: Path, answers: Sequence[Answer]) -> int:
+    """Writes paths (file,) and embeddings (file, width) of the readable files, and returns their number."""
+    good = [answer for answer in answers if answer.values is not None]
+    if not good:
+        raise DataError(f"none of {len(answers)} files can be read, so {out} is not written; see the reasons above")
+    with out.open("wb") as file:
+        np.savez(
+            file, path=[str(answer.path) for answer in good], embedding=np.stack([answer.values for answer in good])
+        )
+    return len(good)
+
+
+def _answer(saved: Saved, path: Path, function: Callable[[Tensor], Tensor]) -> Answer:
+    try:
+        samples, _ = read_audio(path, saved.config.mel.sample_rate_hz)
+    except DataError as error:
+        return Answer(path, None, str(error))
+    device = saved.model.mel.mean.device
+    windows = _windows(torch.from_numpy(samples.astype(np.float32)) / FULL_SCALE, saved.config.clip_samples)
+    with torch.inference_mode():
+        parts = [function(part.to(device)) for part in windows.split(WINDOWS_AT_ONCE)]
+    return Answer(path, torch.cat(parts).float().mean(0).cpu().numpy())
+
+
+def _probabilities(saved: Saved, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch label"]:
+    logits = saved.model(waveform)
+    return logits.sigmoid() if saved.labels.multi_label else logits.softmax(1)
+
+
+def _windows(samples: Float[Tensor, " time"], window: int) -> Float[Tensor, "batch window"]:
+    """Cuts a waveform into evenly spaced windows that cover it; a short one is padded with silence."""
+    spare = max(len(samples) - window, 0)
+    if spare == 0:
+        return torch.nn.functional.pad(samples, (0, window - len(samples)))[None]
+    count = 1 + -(-spare // window)
+    starts = (torch.arange(count) * spare // (count - 1)).tolist()
+    return torch.stack([samples[start : start + window] for start in starts])
