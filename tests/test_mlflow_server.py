@@ -1,6 +1,5 @@
 """A real `mlflow server` on this machine: what is logged arrives, also when the server dies and returns."""
 
-import json
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from meamtm.tracking import (
     finish_orphans,
     hide_password,
     open_sink,
+    run_id_in,
 )
 from meamtm.tracking.server import connect, is_away
 
@@ -87,13 +87,15 @@ def server(one_server: Server) -> Server:
 def test_server_has_everything_that_was_logged(
     server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with open_sink(TrackingConfig(uri=server.uri), tmp_path / "run", "r") as sink:
+    uri = server.uri.replace("://", "://me:s3cret@")
+    with open_sink(TrackingConfig(uri=uri), tmp_path / "run", "r") as sink:
         sink.start({"optim.lr": 0.1}, {"signature": "0a1b"})
         for step in range(1, 6):
             sink.log({"train/loss": 1 / step, "valid/accuracy": step / 7}, step)
         (tmp_path / "table.csv").write_text("a,b\n")
         sink.artifact(tmp_path / "table.csv", "figures")
-    run_id = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
+    run_id = run_id_in(tmp_path / "run", uri)
+    assert run_id is not None
     run = connect(server.uri).get_run(run_id)
     assert (run.data.params, run.data.tags["signature"], run.info.status) == ({"optim.lr": "0.1"}, "0a1b", "FINISHED")
     assert points_of(server.uri, run_id) == points_in(tmp_path / "run" / "metrics.jsonl")
@@ -116,7 +118,8 @@ def test_server_that_dies_and_returns_misses_no_point(
                 server.kill()
             time.sleep(0.01)
         server.start()
-    run_id = json.loads((tmp_path / "run" / "mlflow.json").read_text())["run_id"]
+    run_id = run_id_in(tmp_path / "run")
+    assert run_id is not None
     assert points_of(server.uri, run_id) == points_in(tmp_path / "run" / "metrics.jsonl")
     assert len(points_in(tmp_path / "run" / "metrics.jsonl")) == 200
     assert connect(server.uri).get_run(run_id).info.status == "FINISHED"
@@ -157,6 +160,13 @@ def test_server_that_does_not_answer_is_one_clear_line_within_ten_seconds() -> N
         "start the server or correct tracking.uri, or go without by tracking.mlflow=false"
     )
     assert error.value.__suppress_context__  # MLflow's own error has the password in it
+
+
+def test_database_server_that_does_not_answer_is_an_error_within_ten_seconds_too() -> None:
+    began_s = time.monotonic()
+    with pytest.raises(ServiceError, match=r"tracking.uri=postgresql://\*\*\*@127.0.0.1:\d+/db does not answer"):
+        connect(f"postgresql://me:s3cret@127.0.0.1:{free_port()}/db")
+    assert time.monotonic() - began_s < 10
 
 
 def test_server_that_accepts_and_stays_silent_is_an_error_within_ten_seconds() -> None:

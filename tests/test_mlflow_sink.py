@@ -1,6 +1,5 @@
 """A real SQLite store has every run as it was, whoever wrote to it, wherever, and however the run ended."""
 
-import json
 import multiprocessing
 import shutil
 import subprocess
@@ -20,6 +19,8 @@ from meamtm.tracking import (
     Sinks,
     finish_orphans,
     open_sink,
+    resolve_uri,
+    run_id_in,
 )
 from meamtm.tracking.server import connect
 
@@ -101,6 +102,32 @@ def test_hundreds_of_params_long_values_and_thousands_of_points_all_arrive(uri: 
     }
 
 
+def test_folder_name_may_have_spaces_quotes_and_letters_of_any_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, migrated: Path
+) -> None:
+    folder = tmp_path / "Zoë's owls & 鷹 #1"
+    folder.mkdir()
+    shutil.copyfile(migrated, folder / "mlflow.db")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (folder / "notes.txt").write_bytes(b"not UTF-8: \xff")
+    with open_sink(TrackingConfig(experiment="owls/day & night"), folder / "run", "r") as sink:
+        sink.start({}, {})
+        sink.artifact(folder / "notes.txt")
+    run_id = run_id_in(folder / "run")
+    assert run_id is not None
+    assert connect(resolve_uri(TrackingConfig())).get_run(run_id).info.status == "FINISHED"
+    [file] = (folder / "mlartifacts").rglob("notes.txt")
+    assert file.read_bytes() == b"not UTF-8: \xff"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "mlartifacts",
+        "mlflow.db",
+        "mlflow.db.lock",
+        "notes.txt",
+        "run",
+    ]
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
 )
@@ -125,7 +152,9 @@ def test_same_folder_continues_the_same_run_and_sends_what_never_arrived(uri: st
     with open_sink(tracking, folder, "r") as first:
         first.start({"optim.lr": 0.1, "scale.workers": 0}, {})
         first.log({"train/loss": 1.0}, 1)
-    first_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    first_id = run_id_in(folder)
+    assert first_id is not None
+    assert run_id_in(folder, "http://another:5000") is None
     with (folder / "metrics.jsonl").open("a") as file:  # logged while no server answered, by a process that died
         file.write('{"step": 2, "time": 1.7e9, "train/loss": 0.5}\n{"step": 3, "time": 1.7e9, "train/loss": 0.4}\n{"st')
     with open_sink(tracking, folder, "r") as second:
@@ -133,7 +162,7 @@ def test_same_folder_continues_the_same_run_and_sends_what_never_arrived(uri: st
         assert connect(uri).get_run(first_id).info.status == "RUNNING"
         second.log({"train/loss": 0.3}, 3)
     run = connect(uri).get_run(first_id)
-    assert json.loads((folder / "mlflow.json").read_text())["run_id"] == first_id
+    assert run_id_in(folder) == first_id
     assert (
         points_of(uri, first_id)
         == points_in(folder / "metrics.jsonl")
@@ -172,7 +201,7 @@ def test_folder_without_mlflow_keeps_its_lines_only(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
-def test_orphans_of_a_killed_study_are_ended_and_others_left_alone(uri: str) -> None:
+def test_orphans_of_a_killed_study_are_ended_and_others_left_alone(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     client = connect(uri)
     experiment_id = client.create_experiment("e")
     parent = client.create_run(experiment_id).info.run_id
@@ -181,7 +210,8 @@ def test_orphans_of_a_killed_study_are_ended_and_others_left_alone(uri: str) -> 
     )
     stranger, named = (client.create_run(experiment_id).info.run_id for _ in range(2))
     client.set_terminated(finished, "FINISHED")
-    assert finish_orphans(uri, [named], parent_run_id=parent, status="KILLED") == 2
+    assert finish_orphans(uri, [named, "0" * 32], parent_run_id=parent, status="KILLED") == 2
+    assert f"run {'0' * 32} is not ended" in caplog.text
     ends = {run.info.run_id: run.info.status for run in client.search_runs([experiment_id])}
     assert ends == {parent: "RUNNING", child: "KILLED", finished: "FINISHED", stranger: "RUNNING", named: "KILLED"}
     assert client.get_run(child).info.end_time is not None

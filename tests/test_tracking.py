@@ -79,10 +79,14 @@ def test_new_run_in_an_old_folder_starts_an_empty_file(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
 
 
-def test_torn_line_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/lo\xc3')
-    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.0}]
-    assert "metrics.jsonl: line 2 is not whole and is left out" in caplog.text
+def test_line_on_its_way_is_left_out_and_a_damaged_one_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "a": 2.0}\n{"step": 2, "a": 1.\x00\n{"step": 3, "\xc3')
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 2.0}]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/metrics.jsonl: line 2 is damaged and is left out"
+    ]
 
 
 def test_values_that_are_not_finite_are_null_in_json_and_nan_again_when_read(tmp_path: Path) -> None:
@@ -159,6 +163,7 @@ def test_uri_comes_from_config_then_environment_then_this_folder(
         == f"sqlite:///{tmp_path}/sub/runs.db?timeout=9"
     )
     assert resolve_uri(TrackingConfig(uri="sqlite:////data/runs.db")) == "sqlite:////data/runs.db"
+    assert resolve_uri(TrackingConfig(uri="databricks")) == "databricks"
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///data/mlruns"])
@@ -175,6 +180,15 @@ def test_database_in_memory_is_refused(uri: str) -> None:
         ConfigError, match=f"tracking.uri={uri}: a database in memory ends with its process; name a file"
     ):
         resolve_uri(TrackingConfig(uri=uri))
+
+
+def test_database_in_a_folder_that_no_uri_can_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "100%").mkdir()
+    monkeypatch.chdir(tmp_path / "100%")
+    with pytest.raises(
+        ConfigError, match=r"tracking.uri=sqlite:///m.db: the path .*/100%/m.db must not hold % or \?; put"
+    ):
+        resolve_uri(TrackingConfig(uri="sqlite:///m.db"))
 
 
 def test_how_to_open_names_the_command_or_the_page() -> None:

@@ -84,12 +84,10 @@ class MLflowSink:
         except Exception as error:
             raise unusable(self.uri, error) from None
         self.run_id = known.info.run_id
-        if self._memo is not None:
-            self._memo.parent.mkdir(parents=True, exist_ok=True)
-            self._memo.write_text(json.dumps({"uri": hide_password(self.uri), "run_id": self.run_id}), encoding="utf-8")
         send = partial(_send, client, self.run_id)
         mailbox = Mailbox(send, is_away, explain, name=f"MLflow at tracking.uri={hide_password(self.uri)}")
         self._open = _Open(client, self.run_id, mailbox)
+        self._remember()
         self._describe(texts, tags, known.data.params)
         self._catch_up(from_step)
 
@@ -157,6 +155,11 @@ class MLflowSink:
             self._known |= {(key, point.step, point.value) for point in history}
         return run
 
+    def _remember(self) -> None:
+        if self._memo is not None:
+            self._memo.parent.mkdir(parents=True, exist_ok=True)
+            self._memo.write_text(json.dumps({"uri": hide_password(self.uri), "run_id": self.run_id}), encoding="utf-8")
+
     def _describe(self, params: Mapping[str, str], tags: Mapping[str, str], known: Mapping[str, str]) -> None:
         """Sends params and tags; a param that another start of this run gave otherwise becomes a tag `changed.KEY`."""
         from mlflow.entities import Param, RunTag
@@ -192,7 +195,8 @@ class MLflowSink:
             self._spool = Path(tempfile.mkdtemp(prefix="meamtm-artifacts-"))
         copy = Path(tempfile.mkdtemp(dir=self._spool)) / path.name
         if path.suffix in TEXT:
-            copy.write_text(hide_password(path.read_text(encoding="utf-8")), encoding="utf-8")
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+            copy.write_text(hide_password(text), encoding="utf-8", errors="surrogateescape")
         else:
             shutil.copyfile(path, copy)
         return copy

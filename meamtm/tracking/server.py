@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -58,10 +58,10 @@ def resolve_uri(tracking: TrackingConfig) -> str:
     """Gives the URI that every process can use: `tracking.uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` here.
 
     SQLite paths become absolute, since Ray workers run in folders of their own. Raises ConfigError for stores that
-    MLflow no longer writes to, or that forget."""
+    MLflow no longer writes to, that forget, or whose path no URI can hold."""
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     scheme = urlsplit(uri).scheme
-    if scheme in ("", "file"):
+    if scheme in ("", "file") and uri != "databricks":
         remedy = "name a database, sqlite:///mlflow.db, or a server, http://HOST:5000"
         raise ConfigError(
             f"tracking.uri={hide_password(uri)}: MLflow keeps no runs in plain folders any more; {remedy}"
@@ -73,7 +73,10 @@ def resolve_uri(tracking: TrackingConfig) -> str:
         raise ConfigError(
             f"tracking.uri={uri}: a database in memory ends with its process; name a file, sqlite:///mlflow.db"
         )
-    return f"{scheme}:///{Path(path).expanduser().absolute()}{mark}{options}"
+    place = str(Path(path).expanduser().absolute())
+    if "%" in place or "?" in place:  # SQLAlchemy 2.1 decodes the path, 2.0 and MLflow do not
+        raise ConfigError(f"tracking.uri={uri}: the path {place} must not hold % or ?; put the database elsewhere")
+    return f"{scheme}:///{place}{mark}{options}"
 
 
 def hide_password(text: str) -> str:
@@ -187,32 +190,42 @@ def finish_orphans(
 ) -> int:
     """Ends those runs, and the children of that parent, that are still RUNNING since their process died.
 
-    Returns how many it ended. A service that does not answer costs a warning."""
+    Returns how many it ended. A service that does not answer, or has lost a run, costs a warning."""
+    num_ended = 0
     try:
         client = connect(uri)
-        runs = [insist(lambda run_id=run_id: client.get_run(run_id)) for run_id in run_ids]
-        if parent_run_id is not None:
-            runs += _children(client, parent_run_id)
-        orphans = {run.info.run_id for run in runs if run.info.status in ("RUNNING", "SCHEDULED")}
-        for run_id in orphans:
-            insist(lambda run_id=run_id: client.set_terminated(run_id, status))
-    except Exception as error:
+        children = _children(client, parent_run_id) if parent_run_id is not None else []
+        for run_id in {*run_ids, *children}:
+            num_ended += _end_if_running(client, run_id, status)
+    except Exception as error:  # this is called while cleaning up, and must not hide what led to that
         logger.warning("runs may be left RUNNING: %s", unusable(uri, error))
-        return 0
-    return len(orphans)
+    return num_ended
 
 
-def _children(client: "mlflow.MlflowClient", parent_run_id: str) -> list[Any]:
+def _children(client: "mlflow.MlflowClient", parent_run_id: str) -> list[str]:
     parent = insist(lambda: client.get_run(parent_run_id))
     mine = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
-    runs: list[Any] = []
+    run_ids: list[str] = []
     token = None
     while True:
         page = insist(lambda token=token: client.search_runs([parent.info.experiment_id], mine, page_token=token))
-        runs += page
+        run_ids += [run.info.run_id for run in page]
         token = page.token
         if not token:
-            return runs
+            return run_ids
+
+
+def _end_if_running(client: "mlflow.MlflowClient", run_id: str, status: Status) -> bool:
+    try:
+        if insist(lambda: client.get_run(run_id)).info.status not in ("RUNNING", "SCHEDULED"):
+            return False
+        insist(lambda: client.set_terminated(run_id, status))
+    except Exception as error:
+        if is_away(error):
+            raise
+        logger.warning("run %s is not ended (%s)", run_id, explain(error))
+        return False
+    return True
 
 
 def _check(uri: str) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, TextIO, runtime_checkable
@@ -64,9 +65,10 @@ class Sinks:
             sink.artifact(path, folder)
 
     def close(self, status: Status = "FINISHED") -> None:
-        """Closes each."""
-        for sink in self.sinks:
-            sink.close(status)
+        """Closes each, whatever happens to another."""
+        with ExitStack() as stack:
+            for sink in self.sinks:
+                stack.callback(sink.close, status)
 
     def __enter__(self) -> "Sinks":
         return self
@@ -132,16 +134,14 @@ def read_rows(path: Path) -> list[dict[str, float | int]]:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Gives the lines that were written to their end; a process that died may have left a part of one."""
-    lines: list[dict[str, Any]] = []
+    """Gives the lines that were written to their end; the last may be on its way, or its process died over it."""
     if not path.exists():
-        return lines
-    for number, text in enumerate(path.read_bytes().split(b"\n"), start=1):
+        return []
+    lines: list[dict[str, Any]] = []
+    *whole, _ = path.read_bytes().split(b"\n")
+    for number, text in enumerate(whole, start=1):
         try:
-            line = json.loads(text) if text.strip() else None
-        except ValueError:  # cut off inside a number, a string or even a letter
-            logger.warning("%s: line %d is not whole and is left out", path, number)
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
+            lines.append(dict(json.loads(text)))
+        except (ValueError, TypeError):
+            logger.warning("%s: line %d is damaged and is left out", path, number)
     return lines
