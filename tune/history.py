@@ -4,10 +4,11 @@ Only the driver of a study writes to it, so one SQLite file is enough on a clust
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from meamtm.config import Value
 from tune.plan import Plan
+from tune.result import Row
 from tune.space import decode
 
 if TYPE_CHECKING:
@@ -16,18 +17,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 Outcome = Literal["complete", "pruned", "failed"]
-
-
-class Row(NamedTuple):
-    """One trial, as tables and result.json show it."""
-
-    number: int
-    state: str
-    value: float | None
-    epochs: int
-    elapsed_s: float | None
-    point: dict[str, Value]
-    error: str | None
 
 
 def open_storage(plan: Plan) -> "RDBStorage":
@@ -114,10 +103,10 @@ def point_of(trial: "FrozenTrial") -> dict[str, Value]:
     return {key: decode(value) for key, value in trial.params.items()}
 
 
-def rows(study: "Study") -> list[Row]:
+def rows(study: "Study") -> tuple[Row, ...]:
     """All trials but rejected suggestions, in order."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if not is_rejected(trial)]
-    return [_row(trial) for trial in sorted(trials, key=lambda trial: trial.number)]
+    return tuple(_row(trial) for trial in sorted(trials, key=lambda trial: trial.number))
 
 
 def _row(trial: "FrozenTrial") -> Row:
@@ -128,5 +117,5 @@ def _row(trial: "FrozenTrial") -> Row:
         epochs=trial.last_step or 0,
         elapsed_s=trial.duration.total_seconds() if trial.duration is not None else None,
         point=point_of(trial) or {key: decode(v) for key, v in trial.system_attrs.get("fixed_params", {}).items()},
-        error=trial.user_attrs.get("error"),
+        error=trial.user_attrs.get("error") if trial.state.name == "FAIL" else None,
     )

@@ -88,11 +88,6 @@ def load_plan(path: str | Path, words: Sequence[str] = ()) -> Plan:
             f"{path}: space is empty, so nothing is searched; add for example optim.lr: {{log_uniform: [1e-4, 1e-2]}}"
         )
     base = load(config.base, config.set) if config.base is not None else from_flat(config.set)
-    if base.data.valid_fold is None:
-        raise ConfigError(
-            "data.valid_fold=None: a study chooses on an inner validation fold, never on data.test_fold "
-            f"({base.data.test_fold}); set data.valid_fold to another fold"
-        )
     plan = Plan(config, base, Space(config.space))
     _check_keys(plan)
     _check_conditions(plan)
@@ -110,13 +105,12 @@ def _flatten_study(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merge(flat: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Changes of a study's keys replace them; others go to the base run. `space.KEY=null` stops searching a key."""
-    for key, value in changes.items():
-        if key.partition(".")[0] not in StudyConfig.model_fields:
-            flat[f"set.{_known(key, value)}"] = value
-        elif key.startswith("space.") and value is None:
-            flat.pop(key, None)
-        else:
-            flat[key] = value
+    own = {key: value for key, value in changes.items() if key.partition(".")[0] in StudyConfig.model_fields}
+    flat = {key: value for key, value in (flat | own).items() if value is not None or not key.startswith("space.")}
+    for key in changes.keys() - own.keys():
+        if f"space.{key}" in flat:
+            raise ConfigError(f"{key}={changes[key]!r}: {key} is searched here; to fix it, add space.{key}=null")
+        flat[f"set.{_known(key, changes[key])}"] = changes[key]
     return flat
 
 
@@ -142,11 +136,6 @@ def _check_keys(plan: Plan) -> None:
         if key in fixed or key.startswith(("scale.", "tracking.")):
             raise ConfigError(
                 f"space.{key}: trials that differ in it cannot be compared; set {key} once for all of them"
-            )
-    for key in plan.config.set:
-        if key in plan.space.ranges and plan.space.active(key, {}):
-            raise ConfigError(
-                f"set.{key}={plan.config.set[key]!r}: {key} is searched, so this does nothing; remove one of them"
             )
 
 

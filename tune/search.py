@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.samplers import TPESampler
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from meamtm.config import Value, flatten, signature
@@ -53,7 +53,7 @@ class TruthfulSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """Returns what `run_trial` needs; raises ConfigError where nothing feasible is found or too much has failed."""
-        self._check_failures()
+        self.check_failures()
         reason = None
         for _ in range(REJECTED_IN_A_ROW):
             trial = self._ask()
@@ -71,11 +71,8 @@ class TruthfulSearch(OptunaSearch):
         )
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keeps an epoch's objective, or the reason why a trial is about to fail."""
-        trial = self._ot_trials[trial_id]
-        if result.get("failure"):
-            trial.set_user_attr("error", result["failure"])
-        self._keep(trial, result)
+        """Keeps an epoch's objective and checkpoint, or the reason why a trial is about to fail."""
+        self._keep(self._ot_trials[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells Optuna how the trial ended."""
@@ -91,9 +88,23 @@ class TruthfulSearch(OptunaSearch):
         value = result[self.plan.config.objective] if result and ended == "complete" else None
         self.study.tell(trial, value, state=STATES[ended])
 
+    def check_failures(self) -> None:
+        """Raises ConfigError where more trials have failed than the study survives."""
+        gone = failed(self.study)
+        if len(gone) > self.plan.config.max_failed_trials:
+            last = gone[-1]
+            raise ConfigError(
+                f"max_failed_trials={self.plan.config.max_failed_trials}: {len(gone)} trials have failed, the last of "
+                f"them, trial {last.number}, by: {last.user_attrs.get('error')}; narrow the space or mend the base run"
+            )
+
     def note(self, trial_id: str, key: str, value: str) -> None:
-        """Attaches a fact to a trial that has not ended: its MLflow run, its checkpoint."""
+        """Attaches a fact to a trial that has not ended, such as its MLflow run."""
         self._ot_trials[trial_id].set_user_attr(key, value)
+
+    def known(self, trial_id: str) -> FrozenTrial:
+        """What the study's file holds of a trial."""
+        return self.study._storage.get_trial(self._ot_trials[trial_id]._trial_id)
 
     def _ask(self) -> optuna.Trial:
         # Randomness comes from the seed and the trial's number alone. One generator for all trials would begin again
@@ -112,19 +123,13 @@ class TruthfulSearch(OptunaSearch):
         return reason
 
     def _keep(self, trial: optuna.Trial, result: Mapping[str, Any]) -> None:
+        for attribute, key in {"error": "failure", "checkpoint": "checkpoint_path"}.items():
+            if result.get(key):
+                trial.set_user_attr(attribute, result[key])
         value, epoch = result.get(self.plan.config.objective), result.get("epoch")
         if value is not None and epoch is not None and math.isfinite(value):
             # Written past Trial.report, which warns when a resumed trial measures an epoch again.
             self.study._storage.set_trial_intermediate_value(trial._trial_id, int(epoch), float(value))
-
-    def _check_failures(self) -> None:
-        gone = failed(self.study)
-        if len(gone) > self.plan.config.max_failed_trials:
-            last = gone[-1]
-            raise ConfigError(
-                f"max_failed_trials={self.plan.config.max_failed_trials}: {len(gone)} trials have failed, the last of "
-                f"them, trial {last.number}, by: {last.user_attrs.get('error')}; narrow the space or correct the base run"
-            )
 
 
 def make_sampler(plan: Plan, number: int) -> TPESampler:

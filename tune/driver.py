@@ -1,0 +1,138 @@
+"""A plan -> its missing trials, trained on a Ray cluster: resources, early stopping, and what happens when it is told
+to stop."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from meamtm.config import ScaleConfig
+from meamtm.distributed import check_resources, connect, uses_gpu
+from meamtm.tracking import MLflowSink
+from tune.history import requeue, settle, trained
+from tune.interrupt import arm
+from tune.plan import Plan
+from tune.record import Recorder
+from tune.search import TruthfulSearch
+from tune.trial import run_trial
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other output engine does not know verbose=0
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # copies of what metrics.jsonl holds, as CSV, JSON and TensorBoard
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours ends every run truthfully, and in time
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails reports its reason and no metric
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a path means the same everywhere
+}
+"""Environment defaults for Ray in this process and in its workers; a value that the user has set stays."""
+
+
+def run_trials(plan: Plan, parent: MLflowSink | None, tags: Mapping[str, str], tell: Callable[[str], None]) -> None:
+    """Runs as many trials as are missing; raises what ended the search early, with every trial back in line."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    with _log_of_ray(plan.folder / "ray.log"), _cluster(plan.base.scale):
+        search = TruthfulSearch(plan)
+        recorder = Recorder(plan, search, parent, tags, tell)
+        try:
+            _make_tuner(plan, search, recorder).fit()
+            search.check_failures()
+            settle(search.study)
+        finally:
+            requeue(search.study)
+            recorder.close("KILLED")
+
+
+def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder) -> ray.tune.Tuner:
+    scale = plan.base.scale
+    resources, slots = _placement(scale)
+    missing = plan.config.trials - len(trained(search.study))
+    return ray.tune.Tuner(
+        ray.tune.with_resources(run_trial, resources),
+        tune_config=ray.tune.TuneConfig(
+            search_alg=search,
+            scheduler=make_scheduler(plan, search.study),
+            num_samples=missing,
+            # One trial more than there is room for would be suggested without knowing how the others end.
+            max_concurrent_trials=min(plan.config.max_concurrent or slots, missing),
+            time_budget_s=plan.config.time_budget_s,
+            reuse_actors=scale.workers == 0,
+            trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:04d}-{trial.trial_id}",
+        ),
+        run_config=ray.tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(plan.folder / "ray"),
+            callbacks=[recorder],
+            failure_config=ray.tune.FailureConfig(max_failures=scale.max_failures if scale.workers == 0 else 0),
+            verbose=0,
+        ),
+    )
+
+
+def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
+    """ASHA that remembers the trials of earlier drivers, so that a resumed study judges as an uninterrupted one."""
+    asha, epochs = plan.config.asha, plan.base.train.epochs
+    if not asha.enabled or asha.grace_epochs >= epochs:
+        return FIFOScheduler()
+    scheduler = ASHAScheduler(
+        time_attr="epoch",
+        metric=plan.config.objective,
+        mode=plan.config.mode,
+        max_t=epochs - 1,  # a trial that has reached its last epoch is left to end by itself
+        grace_period=asha.grace_epochs,
+        reduction_factor=asha.reduction,
+        stop_last_trials=False,
+    )
+    for trial in trained(study):
+        earlier: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")  # all that ASHA asks of a trial
+        controller: Any = None
+        scheduler.on_trial_add(controller, earlier)
+        for epoch, value in sorted(trial.intermediate_values.items()):
+            scheduler.on_trial_result(controller, earlier, {"epoch": epoch, plan.config.objective: value})
+    return scheduler
+
+
+def _placement(scale: ScaleConfig) -> tuple[dict[str, float], int]:
+    """What Ray reserves for a trial's own process, and how many trials the cluster holds."""
+    there, workers = ray.cluster_resources(), max(1, scale.workers)
+    needed = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
+    check_resources(scale.model_copy(update={"workers": workers}))
+    slots = min(int(there[kind] / (workers * amount) + 1e-6) for kind, amount in needed.items())
+    return (needed if scale.workers == 0 else {"CPU": 0}), slots
+
+
+@contextmanager
+def _cluster(scale: ScaleConfig) -> Iterator[None]:
+    mine = not ray.is_initialized()
+    if mine:
+        connect(scale.address, dashboard=scale.workers > 0)  # which frees the resources of stopped Ray Train runs
+        arm()  # Ray takes SIGTERM for itself
+    try:
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+@contextmanager
+def _log_of_ray(path: Path) -> Iterator[None]:
+    """Sends what Ray logs in this process to a file, off the user's screen."""
+    logger = logging.getLogger("ray")
+    before, file = (logger.handlers, logger.propagate), logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger.handlers, logger.propagate = [file], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before
+        file.close()

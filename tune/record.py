@@ -1,0 +1,150 @@
+"""What Tune hears of its trials -> an MLflow run for each, below the study's own, and a line for the user.
+
+All of it happens in the driver: one process writes to MLflow, so a SQLite file serves any number of trials, and a run
+ends with its true state even when its worker was killed."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray.tune
+
+from meamtm.config import flatten, from_flat, signature
+from meamtm.errors import ServiceError
+from meamtm.tracking import MLflowSink, Status, resolve_uri
+from meamtm.training.run import run_folder
+from tune.history import judge, point_of, trained
+from tune.plan import Plan
+from tune.search import TruthfulSearch
+
+logger = logging.getLogger(__name__)
+CLOSE_WAIT_S = 4.0
+"""A study that is told to stop has ten seconds for everything; what a slow server misses is sent when it resumes."""
+
+
+class Recorder(ray.tune.Callback):
+    """Follows the trials of one search. `tell` takes one line per finished trial."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        search: TruthfulSearch,
+        parent: MLflowSink | None,
+        tags: Mapping[str, str],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.plan, self.search, self.parent, self.tags, self.tell = plan, search, parent, tags, tell
+        self.sinks: dict[str, MLflowSink] = {}
+        self.began_s: dict[str, float] = {}
+        self.logged: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves everything behind: Tune pickles its callbacks for a restore that the study's file makes needless."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Opens the trial's MLflow run, or continues the one it had."""
+        self.began_s.setdefault(trial.trial_id, time.monotonic())
+        if trial.trial_id not in self.sinks:
+            self._open(trial)
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:  # noqa: ARG002
+        """Logs an epoch."""
+        epoch = int(result.get("epoch", 0))
+        if epoch > self.logged.get(trial.trial_id, 0) and (sink := self.sinks.get(trial.trial_id)):
+            self.logged[trial.trial_id] = epoch
+            sink.log({key: value for key, value in result.items() if _is_metric(key, value)}, epoch)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Closes the run of a trial that ended, early or not."""
+        self._end(trial, judge(trial.last_result, self.plan.config.objective, self.plan.base.train.epochs))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Closes the run of a trial that failed."""
+        self._end(trial, "failed")
+
+    def close(self, status: Status = "KILLED") -> None:
+        """Ends the runs of trials that are still open, all at once."""
+        end_all(self.sinks.values(), status)
+        self.sinks.clear()
+
+    def _open(self, trial: Any) -> None:
+        if self.parent is None:
+            return
+        known, run = self.search.known(trial.trial_id), from_flat(trial.config["run"])
+        folder = run_folder(run)
+        sink = MLflowSink(
+            self.parent.uri,
+            self.plan.base.tracking.experiment,
+            run.name,
+            run_id=known.user_attrs.get("mlflow_run_id"),
+            parent_run_id=self.parent.run_id,
+            history=folder / "metrics.jsonl",
+            close_wait_s=CLOSE_WAIT_S,
+        )
+        tags = {**self.tags, "signature": signature(run), "optuna.trial": str(known.number), "folder": str(folder)}
+        try:
+            sink.start(flatten(run), tags, from_step=known.last_step or 0)
+        except ServiceError as error:
+            logger.warning("%s is not in MLflow: %s", run.name, error)
+            return
+        self.sinks[trial.trial_id] = sink
+        self.search.note(trial.trial_id, "mlflow_run_id", str(sink.run_id))
+
+    def _end(self, trial: Any, outcome: str) -> None:
+        known = self.search.known(trial.trial_id)
+        error = known.user_attrs.get("error", "") if outcome == "failed" else ""
+        if sink := self.sinks.pop(trial.trial_id, None):
+            _mark(sink, {"outcome": outcome, **({"error": error} if error else {})})
+            sink.close("FAILED" if outcome == "failed" else "FINISHED")
+        value = (trial.last_result or {}).get(self.plan.config.objective)
+        measured = error or f"{self.plan.config.objective} {value:.4f}"
+        elapsed_s = time.monotonic() - self.began_s.get(trial.trial_id, time.monotonic())
+        self.tell(
+            f"{len(trained(self.search.study)):>3}/{self.plan.config.trials}  trial {known.number:<3} {outcome:<8}  "
+            f"{measured}  {known.last_step or 0} epochs  {elapsed_s:.0f} s  {describe(point_of(known))}"
+        )
+
+
+def start_parent(plan: Plan, run_id: str | None, tags: Mapping[str, str]) -> MLflowSink:
+    """Opens the study's own MLflow run, or continues it; raises ServiceError where nobody answers."""
+    sink = MLflowSink(
+        resolve_uri(plan.base.tracking),
+        plan.base.tracking.experiment,
+        plan.name,
+        run_id=run_id,
+        close_wait_s=CLOSE_WAIT_S,
+    )
+    params = {key: value for key, value in flatten(plan.config).items() if not key.startswith(("space.", "set."))}
+    sink.start(params, {**tags, "study": plan.name, "signature": plan.signature})
+    return sink
+
+
+def end_all(sinks: Iterable[MLflowSink], status: Status) -> None:
+    """Closes several runs side by side, so that a slow server costs one wait and not one for each."""
+    sinks = list(sinks)
+    if sinks:
+        with ThreadPoolExecutor(len(sinks)) as pool:
+            list(pool.map(lambda sink: sink.close(status), sinks))
+
+
+def _mark(sink: MLflowSink, tags: Mapping[str, str]) -> None:
+    """Tags a run that is under way; a server that is away costs a warning."""
+    from mlflow import MlflowClient
+
+    try:
+        for key, value in tags.items():
+            MlflowClient(tracking_uri=sink.uri).set_tag(str(sink.run_id), key, value)
+    except Exception as error:  # whatever a network does, the study goes on
+        logger.warning("run %s keeps no tags %s (%s)", sink.run_id, ", ".join(tags), type(error).__name__)
+
+
+def describe(point: Mapping[str, Any]) -> str:
+    """Searched keys and values in a few words."""
+    return ", ".join(f"{key} {v:.3g}" if isinstance(v, float) else f"{key} {v}" for key, v in point.items())
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    return "/" in key and isinstance(value, int | float)

@@ -1,0 +1,158 @@
+"""A study, finished or still running -> tables for the screen, and a CSV and figures in its report folder."""
+
+import csv
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from meamtm.errors import ConfigError
+from tune.history import open_study, rows
+from tune.plan import Plan
+from tune.result import Result, Row
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from rich.console import RenderableType
+
+FEWEST_TRIALS = 5
+"""Below so many trained to their end, importances would be noise alone."""
+ENOUGH_TRIALS = 20
+"""Below so many, they are a hint."""
+
+
+def report(plan: Plan) -> "RenderableType":
+    """Writes the report of a study as far as it has come, and returns its tables."""
+    if not (plan.folder / "optuna.db").exists():
+        raise ConfigError(f"{plan.folder}: no such study yet; start it by python -m tune, with the same words")
+    study = open_study(plan)
+    files = write_report(plan, study)
+    shares = importances(study)
+    return Group(
+        trials_table(rows(study), plan.config.objective),
+        _importance_table(study, shares),
+        Text(f"{len(files)} files in {plan.folder / 'report'}"),
+    )
+
+
+def summary(result: Result) -> "RenderableType":
+    """What a finished study found: its trials, the best configuration, and where everything is."""
+    best = result.best_row
+    found = Table(title="best", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    found.add_row("trial", f"{best.number}   {result.objective} {_number(best.value)}")
+    for key, value in best.point.items():
+        found.add_row(key, _number(value))
+    for key, value in (result.test or {}).items():
+        found.add_row(Text(key, style="bold"), Text(_number(value), style="bold green"))
+    if result.test is None:
+        found.add_row("test", "none: data.test_fold is null")
+    places = Table(title="where", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, place in _places(result).items():
+        places.add_row(name, Text(place, overflow="fold"))
+    return Group(trials_table(result.rows, result.objective, result.best), Text(), found, Text(), places)
+
+
+def _places(result: Result) -> dict[str, str]:
+    from meamtm.tracking import how_to_open
+
+    folder = _short(result.folder)
+    places = {
+        "checkpoint": _short(result.checkpoint),
+        "use it": f"meamtm predict {_short(result.checkpoint)} SOUND.wav",
+        "configuration": f"{folder}/best.yaml, for meamtm train",
+        "report": f"{folder}/report",
+    }
+    if result.mlflow_uri is not None:
+        places["MLflow"] = how_to_open(result.mlflow_uri, result.mlflow_run_id)
+    return places
+
+
+def trials_table(trials: Sequence[Row], objective: str, best: int | None = None) -> Table:
+    """One line per trial: number, end, objective, epochs, seconds, searched keys."""
+    keys = list(dict.fromkeys(key for row in trials for key in row.point))
+    table = Table(title="trials", title_justify="left", header_style="bold", padding=(0, 1))
+    for name in ("trial", "end", objective, "epochs", "s", *keys):
+        table.add_column(name, overflow="fold", justify="left" if name == "end" else "right")
+    for row in trials:
+        cells = [row.number, row.state.lower(), row.value, row.epochs, round(row.elapsed_s or 0)]
+        cells += [row.point.get(key, "") for key in keys]
+        style = "bold green" if row.number == best else "red" if row.state == "FAIL" else ""
+        table.add_row(*map(_number, cells), style=style)
+    return table
+
+
+def importances(study: "Study") -> dict[str, float]:
+    """How much of the objective's variation each key explains, largest first; empty where there are too few trials."""
+    from optuna.importance import get_param_importances
+
+    if _num_complete(study) < FEWEST_TRIALS:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # optuna's, of keys that exist in some trials only
+        return get_param_importances(study)
+
+
+def write_report(plan: Plan, study: "Study") -> list[Path]:
+    """Writes trials.csv and the figures, and returns their paths."""
+    from tune.figures import history_figure, importance_figure, parallel_figure, slice_figure
+
+    folder, trials, objective = plan.folder / "report", rows(study), plan.config.objective
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [_write_csv(trials, objective, folder / "trials.csv")]
+    if not any(row.value is not None for row in trials):
+        return files
+    files += [history_figure(trials, objective, plan.config.mode, folder / "history.png")]
+    files += [parallel_figure(trials, plan.space.ranges, objective, folder / "parallel.png")]
+    for key, searched in plan.space.ranges.items():
+        files.append(slice_figure(trials, key, searched, objective, folder / f"slice-{key}.png"))
+    if shares := importances(study):
+        files.append(importance_figure(shares, folder / "importances.png"))
+    return files
+
+
+def _importance_table(study: "Study", shares: dict[str, float]) -> "RenderableType":
+    num_complete = _num_complete(study)
+    if not shares:
+        return Text(
+            f"importances: {num_complete} trials trained to their end, and {FEWEST_TRIALS} are the fewest that tell"
+        )
+    hint = f" (a hint: {num_complete} trials trained to their end)" if num_complete < ENOUGH_TRIALS else ""
+    table = Table(title=f"importances{hint}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, share in shares.items():
+        table.add_row(key, f"{share:.2f}", "█" * round(30 * share))
+    return table
+
+
+def _num_complete(study: "Study") -> int:
+    return sum(row.state == "COMPLETE" for row in rows(study))
+
+
+def _write_csv(trials: Sequence[Row], objective: str, path: Path) -> Path:
+    keys = list(dict.fromkeys(key for row in trials for key in row.point))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["trial", "end", objective, "epochs", "elapsed_s", *keys, "error"])
+        for row in trials:
+            point = [row.point.get(key, "") for key in keys]
+            writer.writerow(
+                [row.number, row.state.lower(), row.value, row.epochs, row.elapsed_s, *point, row.error or ""]
+            )
+    return path
+
+
+def _number(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short(path: str) -> str:
+    """A path as seen from here, where that is shorter."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path

@@ -1,0 +1,70 @@
+"""What a finished study found <-> result.json in its folder, so that a second command only has to read."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from meamtm.config import Value
+from tune.config import StudyConfig
+from tune.plan import Plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial, as tables show it."""
+
+    number: int
+    state: str
+    value: float | None
+    epochs: int
+    elapsed_s: float | None
+    point: dict[str, Value]
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Every trial, the best one, and what it is worth after training on train + validation."""
+
+    study: str
+    folder: str
+    objective: str
+    trials: int
+    """Asked for, which may be more than there are when time ran out."""
+    time_budget_s: float | None
+    rows: tuple[Row, ...]
+    best: int
+    """Number of the best trial."""
+    run_folder: str
+    checkpoint: str
+    test: dict[str, float] | None
+    """None where no clip is held out."""
+    mlflow_uri: str | None
+    mlflow_run_id: str | None
+
+    def covers(self, config: StudyConfig) -> bool:
+        """Whether nothing is left to do for a study of so many trials."""
+        enough = sum(row.state in ("COMPLETE", "PRUNED", "FAIL") for row in self.rows) >= config.trials
+        same = (self.trials, self.time_budget_s) == (config.trials, config.time_budget_s)
+        return enough or same
+
+    @property
+    def best_row(self) -> Row:
+        """The best trial."""
+        return next(row for row in self.rows if row.number == self.best)
+
+
+def read_result(plan: Plan) -> Result | None:
+    """Reads what the study found, or None if it is not finished."""
+    path = plan.folder / "result.json"
+    if not path.exists():
+        return None
+    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Result(**{**fields, "rows": tuple(Row(**row) for row in fields["rows"])})
+
+
+def write_result(plan: Plan, result: Result) -> None:
+    """Keeps what the study found, whole or not at all."""
+    scratch = plan.folder / ".result.json.part"
+    scratch.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+    scratch.replace(plan.folder / "result.json")

@@ -1,0 +1,147 @@
+"""A plan -> a finished study: search, then retrain the best on train + validation and test it once.
+
+The study's folder is its only memory. The same command continues what was interrupted, and recognises what is done
+without starting Ray."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from meamtm.config import RunConfig, differences, override, write_yaml
+from meamtm.errors import ConfigError
+from tune.history import best, open_study, point_of, requeue, rows, trained
+from tune.interrupt import interruptible
+from tune.plan import Plan
+from tune.result import Result, read_result, write_result
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+    from meamtm.tracking import MLflowSink
+
+logger = logging.getLogger(__name__)
+Tell = Callable[[str], None]
+
+
+def run_study(plan: Plan, tell: Tell) -> Result:
+    """Runs what is missing of a study and returns what it found; `tell` takes lines for the user.
+
+    Raises KeyboardInterrupt when told to stop, after ending every MLflow run; the next call continues."""
+    if (done := read_result(plan)) is not None and done.covers(plan.config):
+        return done
+    with interruptible():
+        tags = _check_data(plan)
+        plan.write()
+        study = open_study(plan)
+        requeue(study)
+        with (parent := _open_parent(plan, study, tags)) or nullcontext():
+            if (num_trained := len(trained(study))) < plan.config.trials:
+                tell(f"{plan.name}: {plan.config.trials - num_trained} of {plan.config.trials} trials to go")
+                from tune.driver import run_trials
+
+                run_trials(plan, parent, tags, tell)
+            return _conclude(plan, study, parent, tell)
+
+
+def best_config(plan: Plan, trial: "FrozenTrial") -> RunConfig:
+    """The best trial's run, to be trained on train + validation."""
+    ended = {"name": f"{plan.config.name}-best", "data.valid_fold": None}
+    return override(plan.base, {**point_of(trial), **ended})
+
+
+def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tell) -> Result:
+    from meamtm.distributed import run
+
+    trial = best(study, plan.config.mode)
+    if trial is None:
+        raise ConfigError(f"{plan.name}: no trial has measured {plan.config.objective}; raise time_budget_s or trials")
+    config = best_config(plan, trial)
+    found = f"{plan.name}, trial {trial.number}: {plan.config.objective} {trial.value:.4f}"
+    header = f"meamtm train {plan.config.studies_dir}/{plan.name}/best.yaml\n{found}"
+    write_yaml(plan.folder / "best.yaml", differences(config), header)
+    tell(f"trial {trial.number} is the best; it trains again, on train + validation, and is tested once")
+    outcome = run(config, [EpochLines(config.train.epochs, tell)])
+    result = Result(
+        study=plan.name,
+        folder=str(plan.folder),
+        objective=plan.config.objective,
+        trials=plan.config.trials,
+        time_budget_s=plan.config.time_budget_s,
+        rows=rows(study),
+        best=trial.number,
+        run_folder=str(outcome.folder),
+        checkpoint=str(outcome.checkpoint),
+        test=dict(outcome.evaluation.metrics) if outcome.evaluation is not None else None,
+        mlflow_uri=parent.uri if parent else None,
+        mlflow_run_id=parent.run_id if parent else None,
+    )
+    _report(plan, study, result, parent)
+    write_result(plan, result)
+    return result
+
+
+def _report(plan: Plan, study: "Study", result: Result, parent: "MLflowSink | None") -> None:
+    from tune.report import write_report
+
+    files = [plan.folder / "best.yaml", plan.folder / "study.yaml", *write_report(plan, study)]
+    if parent is not None:
+        measured = {"best/value": result.best_row.value or 0.0, **(result.test or {})}
+        parent.log(measured, step=len(result.rows))
+        for path in files:
+            parent.artifact(path)
+
+
+def _check_data(plan: Plan) -> dict[str, str]:
+    """Opens the data, so that what is wrong with it is said before anything starts, and returns all runs' tags."""
+    from meamtm.data.cache import open_clips
+    from meamtm.data.split import split_clips
+    from meamtm.training.run import absolute, tags
+
+    base = absolute(plan.base)
+    split = split_clips(open_clips(base.data, base.mel.sample_rate_hz), base.data)
+    if len(split.valid) == 0:
+        raise ConfigError(
+            "data.valid_fold=None: a study chooses on an inner validation fold, never on data.test_fold "
+            f"({base.data.test_fold}); set data.valid_fold to another fold"
+        )
+    shared = tags(base)
+    del shared["signature"]  # each run has its own
+    return shared
+
+
+def _open_parent(plan: Plan, study: "Study", tags: Mapping[str, str]) -> "MLflowSink | None":
+    """Opens the study's MLflow run, or continues it, and ends what a dead driver left RUNNING below it."""
+    if not plan.base.tracking.mlflow:
+        return None
+    from meamtm.tracking import finish_orphans
+    from tune.record import start_parent
+
+    known = study.user_attrs.get("mlflow_run_id")
+    parent = start_parent(plan, known, tags)
+    if known is not None and parent.run_id == known:
+        finish_orphans(parent.uri, parent_run_id=known)
+    study.set_user_attr("mlflow_run_id", parent.run_id)
+    return parent
+
+
+class EpochLines:
+    """A sink that tells the user about ten times how far a run is."""
+
+    def __init__(self, epochs: int, tell: Tell) -> None:
+        self.epochs, self.tell = epochs, tell
+
+    def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
+        """Needs no beginning."""
+
+    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
+        """Tells of some epochs."""
+        if "train/loss" in metrics and (step == self.epochs or step % max(1, self.epochs // 10) == 0):
+            self.tell(f"epoch {step}/{self.epochs}  train/loss {metrics['train/loss']:.4f}")
+
+    def artifact(self, path: Any, folder: str = "") -> None:
+        """Keeps no files."""
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Needs no end."""
