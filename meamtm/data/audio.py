@@ -96,7 +96,7 @@ def _check_whole(file: soundfile.SoundFile, num_frames: int) -> None:
         raise DataError(f"truncated: {cut[2]} of {cut[1]} bytes are there")
 
 
-def _fit(waveform: Int16[np.ndarray, " time"], num_samples: int) -> Int16[np.ndarray, " time"]:
+def _fit(waveform: Int16[np.ndarray, " time"], num_samples: int) -> Int16[np.ndarray, " num_samples"]:
     """Trims or zero-pads the sample or two by which a resampler's rounding differs from ours."""
     missing = num_samples - len(waveform)
     return np.pad(waveform, (0, missing)) if missing > 0 else waveform[:num_samples]

@@ -4,6 +4,7 @@ A `Clips` is two things: an Arrow table of small facts, one row per clip, and so
 are views of the table, so that nothing here grows with the data set when the table is memory-mapped."""
 
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -95,7 +96,8 @@ class MappedWaveforms:
         self._samples = np.asarray(
             np.memmap(path, dtype=np.int16, mode="r", shape=path.stat().st_size // 2)
         )  # a plain view slices 5x faster
-        self._file = path.open("rb", buffering=0)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
         self._starts, self._num_samples = starts, num_samples
 
     def waveform(self, clip: int) -> Waveform:
@@ -105,11 +107,10 @@ class MappedWaveforms:
 
     def fill(self, clips: Numbers, starts: Numbers, rows: Int16[np.ndarray, "batch time"]) -> None:
         """Reads each row from the page cache."""
-        descriptor = self._file.fileno()
         num_heard = np.minimum(self._num_samples[clips] - starts, rows.shape[1])  # (batch,)
         first_byte = 2 * (self._starts[clips] + starts)  # (batch,)
         for row, length, place in zip(rows, num_heard.tolist(), first_byte.tolist(), strict=True):
-            num_bytes = os.preadv(descriptor, [row[:length]], place)
+            num_bytes = os.preadv(self._descriptor, [row[:length]], place)
             assert num_bytes == 2 * length, "the cache file is shorter than its table says"
             row[length:] = 0
 

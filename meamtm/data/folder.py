@@ -1,5 +1,7 @@
 """A folder that appears whole or not at all."""
 
+import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -13,15 +15,17 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """Yields an empty folder beside `out` that takes its name when the block ends, and vanishes when it raises.
 
     Everything is on the disk before the name changes. A folder that has the name already is replaced, so the caller
-    makes sure first that it may be.
+    makes sure first that it may be. What a killed process left of an earlier attempt is removed.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
     scratch = _beside(out, "part")
     scratch.mkdir()
     try:
-        yield scratch
-        _sync(scratch)
-        _put(scratch, out)
+        with _lock(scratch):
+            yield scratch
+            _sync(scratch)
+            _put(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -39,6 +43,27 @@ def _put(scratch: Path, out: Path) -> None:
             raise
         shutil.rmtree(old)
     _sync_one(out.parent)
+
+
+def _sweep(out: Path) -> None:
+    """Removes unfinished folders of this name that no living process holds."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.part-*"):
+        try:
+            with _lock(left):
+                shutil.rmtree(left)
+        except OSError:  # another process is at work in it, or has just removed it
+            continue
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Holds a folder for as long as this process lives; OSError when another one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(folder: Path) -> None:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float32, Int16, Int64
 
-from meamtm.data.clips import Clips
+from meamtm.data.clips import Clips, Numbers
 from meamtm.data.stream import KEPT_ROW_GROUPS
 from meamtm.errors import ConfigError, DataError
 
@@ -70,10 +70,17 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch from number `start` on."""
+        for indices, starts, num_global in self.plan(epoch, start):
+            waveform = self._buffer()[: len(indices)]
+            self._clips.waveforms.fill(indices, starts, waveform)
+            yield Batch(waveform, self._targets[indices], indices, num_global)
+
+    def plan(self, epoch: int, start: int = 0) -> Iterator[tuple[Numbers, Numbers, int]]:
+        """Yields what each batch will be, before any sound is read: clips, their first samples, the global size."""
         indices, starts = self._deal(epoch)
         for low, high in pairwise(self._edges[start:].tolist()):
             mine = slice(low + self._rank, high, self._world_size)
-            yield self._batch(indices[mine], starts[mine], high - low)
+            yield indices[mine], starts[mine], high - low
 
     def _deal(self, epoch: int) -> tuple[Int64[np.ndarray, " heard"], Int64[np.ndarray, " heard"]]:
         """Clips in the order of an epoch, and the sample from which each is heard."""
@@ -85,13 +92,6 @@ class Loader:
             return indices, np.zeros_like(indices)
         where = np.random.default_rng((self._seed, epoch, 1)).random(len(self._clips))  # by clip, so by no rank
         return indices, (where[indices] * (self._spare[order] + 1)).astype(np.int64)
-
-    def _batch(
-        self, indices: Int64[np.ndarray, " batch"], starts: Int64[np.ndarray, " batch"], num_global: int
-    ) -> Batch:
-        waveform = self._buffer()[: len(indices)]
-        self._clips.waveforms.fill(indices, starts, waveform)
-        return Batch(waveform, self._targets[indices], indices, num_global)
 
     def _buffer(self) -> Int16[np.ndarray, "batch time"]:
         """A buffer that no batch, array or tensor refers to."""

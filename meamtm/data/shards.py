@@ -96,39 +96,31 @@ class Shards:
 
 
 def _schema(source: Source) -> pa.Schema:
-    """Columns of a shard, with class names and the Hugging Face features in the metadata."""
-    names = {"names": list(source.classes), "_type": "ClassLabel"}
-    label = pa.field("labels", pa.list_(pa.int32())) if source.multi_label else pa.field("label", pa.int32())
-    features = {
-        **{
-            name: {"dtype": kind, "_type": "Value"}
-            for name, kind in [("clip_id", "string"), ("sampling_rate", "int32")]
-        },
-        "audio": {"_type": "Audio"},
-        "num_samples": {"dtype": "int64", "_type": "Value"},
-        label.name: {"feature": names, "_type": "Sequence"} if source.multi_label else names,
-        **{
-            name: {"dtype": kind, "_type": "Value"}
-            for name, kind in [("fold", "int16"), ("group", "string"), ("split", "string")]
-        },
+    """Columns of a shard; the metadata holds class names, and each column's meaning in Hugging Face's words."""
+    label = {"names": list(source.classes), "_type": "ClassLabel"}
+    columns: list[tuple[str, pa.DataType, dict[str, Any]]] = [
+        ("clip_id", pa.string(), _value("string")),
+        ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())]), {"_type": "Audio"}),
+        ("sampling_rate", pa.int32(), _value("int32")),
+        ("num_samples", pa.int64(), _value("int64")),
+        ("labels", pa.list_(pa.int32()), {"feature": label, "_type": "Sequence"})
+        if source.multi_label
+        else ("label", pa.int32(), label),
+        ("fold", pa.int16(), _value("int16")),
+        ("group", pa.string(), _value("string")),
+        ("split", pa.string(), _value("string")),
+    ]
+    features = {name: feature for name, _, feature in columns}
+    metadata = {
+        "meamtm.format": str(FORMAT),
+        "meamtm.classes": json.dumps(source.classes, ensure_ascii=False),
+        "huggingface": json.dumps({"info": {"features": features}}, ensure_ascii=False),
     }
-    return pa.schema(
-        [
-            pa.field("clip_id", pa.string()),
-            pa.field("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-            pa.field("sampling_rate", pa.int32()),
-            pa.field("num_samples", pa.int64()),
-            label,
-            pa.field("fold", pa.int16()),
-            pa.field("group", pa.string()),
-            pa.field("split", pa.string()),
-        ],
-        metadata={
-            "meamtm.format": str(FORMAT),
-            "meamtm.classes": json.dumps(source.classes, ensure_ascii=False),
-            "huggingface": json.dumps({"info": {"features": features}}),
-        },
-    )
+    return pa.schema([(name, kind) for name, kind, _ in columns], metadata=metadata)
+
+
+def _value(kind: str) -> dict[str, Any]:
+    return {"dtype": kind, "_type": "Value"}
 
 
 def _row(sound: Sound, source: Source) -> dict[str, Any]:

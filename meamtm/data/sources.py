@@ -5,13 +5,14 @@ sub-folder per class. Nothing is decoded here."""
 
 import csv
 import hashlib
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
+from jaxtyping import Int16
 
 from meamtm.errors import DataError
 
@@ -76,11 +77,21 @@ def assign_folds(entries: Sequence[Entry]) -> list[Entry]:
     num_folds = min(NUM_FOLDS, len(set(groups)), max(Counter(rarest).values()))
     if num_folds < 2:
         return [replace(entry, fold=1) for entry in entries]
-    folds = np.zeros(len(entries), np.int16)
-    deal = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0).split(np.zeros(len(entries)), rarest, groups)
-    for fold, (_, held_out) in enumerate(deal, start=1):
-        folds[held_out] = fold
+    folds = _deal_folds(num_folds, rarest, groups)
     return [replace(entry, fold=int(fold)) for entry, fold in zip(entries, folds, strict=True)]
+
+
+def _deal_folds(num_folds: int, labels: list[str], groups: list[str]) -> Int16[np.ndarray, " clip"]:
+    from sklearn.model_selection import StratifiedGroupKFold  # takes a second to import
+
+    folds = np.zeros(len(labels), np.int16)
+    with warnings.catch_warnings():
+        # A class with fewer clips than folds is missing from some of them; splitting refuses it where that matters.
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        deal = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0).split(folds, labels, groups)
+        for fold, (_, held_out) in enumerate(deal, start=1):
+            folds[held_out] = fold
+    return folds
 
 
 def _esc_table(source: Path) -> Path | None:

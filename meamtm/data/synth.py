@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from scipy.signal import fftconvolve, lfilter
 
 from meamtm.data.audio import to_int16
@@ -86,7 +86,7 @@ def _check(clips_per_class: int, clip_s: float, sample_rate_hz: int) -> None:
         raise DataError(f"sample_rate_hz={sample_rate_hz}: the sounds need 4000 to 192000 Hz; choose a rate in between")
 
 
-def _is_there(out: Path, settings: dict[str, float], rows: list[Row]) -> bool:
+def _is_there(out: Path, settings: dict[str, int | float], rows: list[Row]) -> bool:
     """Whether `out` is this very set; DataError when it is anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -115,7 +115,7 @@ def _rows(clips_per_class: int) -> Iterator[Row]:
                 yield Row(f"{fold}-{source}-{take}-{target}.wav", fold, target, category, source, take)
 
 
-def _clip(row: Row, num_samples: int, rate_hz: int, seed: int) -> Wave:
+def _clip(row: Row, num_samples: int, rate_hz: int, seed: int) -> Float32[np.ndarray, " time"]:
     """One clip: the event, often a faint other event, a room, a background, a level."""
     source = np.random.default_rng((seed, row.src_file))  # what takes share
     take = np.random.default_rng((seed, row.src_file, ord(row.take)))  # what they do not
@@ -125,14 +125,14 @@ def _clip(row: Row, num_samples: int, rate_hz: int, seed: int) -> Wave:
         clip += _gain(take.uniform(-16, -7)) * _event(other, num_samples, rate_hz, take, take)
     clip = _room(clip, rate_hz, source)
     clip += _gain(-source.uniform(-2, 18)) * _unit(_coloured(num_samples, source.uniform(0, 2), take))
-    return np.clip(_gain(take.uniform(-36, -15)) * _unit(clip), -1, 1)
+    return (_gain(take.uniform(-36, -15)) * _unit(clip)).astype(np.float32)
 
 
 def _event(
     category: str, num_samples: int, rate_hz: int, source: np.random.Generator, take: np.random.Generator
 ) -> Wave:
     """A sound of one class somewhere in silence, at unit power over its own duration."""
-    pitch_hz = _between(source, 150, min(2_000, rate_hz / 6))
+    pitch_hz = _between(source, 150.0, min(2_000.0, rate_hz / 6))
     length = max(64, round(num_samples * take.uniform(0.35, 1.0)))
     start = take.integers(num_samples - length + 1)
     time_s = np.arange(length) / rate_hz
@@ -169,13 +169,13 @@ def _fm(time_s: Wave, pitch_hz: float, rng: np.random.Generator) -> Wave:
 def _clicks(time_s: Wave, pitch_hz: float, rng: np.random.Generator) -> Wave:
     ring_s = _between(rng, 0.003, 0.02)
     ring = np.exp(-time_s / ring_s) * _sine(2 * pitch_hz, time_s)
-    return fftconvolve(_strokes(time_s, _between(rng, 3, 16), rng), ring[: max(16, len(ring) // 8)])[: len(time_s)]
+    return fftconvolve(_strokes(time_s, _between(rng, 3.0, 16.0), rng), ring[: max(16, len(ring) // 8)])[: len(time_s)]
 
 
 def _noise_bursts(time_s: Wave, pitch_hz: float, rng: np.random.Generator) -> Wave:
     burst_s = _between(rng, 0.03, 0.2)
     window = np.hanning(max(8, round(burst_s * len(time_s) / time_s[-1])))
-    envelope = fftconvolve(_strokes(time_s, _between(rng, 1.5, 6), rng), window)[: len(time_s)]
+    envelope = fftconvolve(_strokes(time_s, _between(rng, 1.5, 6.0), rng), window)[: len(time_s)]
     return envelope * _band_noise(time_s, 2 * pitch_hz, _between(rng, 0.3, 0.9), rng)
 
 
