@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from meamtm.config import DataConfig
 from meamtm.data.cache import open_clips
@@ -14,6 +15,8 @@ from meamtm.data.synth import write_synth
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
+settings.register_profile("meamtm", deadline=None)  # a busy machine is no failure
+settings.load_profile("meamtm")
 
 
 @pytest.fixture(scope="session")
