@@ -42,12 +42,12 @@ def from_flat(flat: Mapping[str, Any]) -> RunConfig:
 
 def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """Returns the configuration with some dotted keys changed, checked as a whole."""
-    return from_flat(flatten(config) | dict(changes))
+    return from_flat(flatten(config) | flatten(changes))
 
 
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> RunConfig:
     """Reads a YAML file of differences from the defaults (nested or dotted) and applies further ones."""
-    return from_flat(flatten(read_yaml(path)) | dict(changes or {}))
+    return from_flat(flatten(read_yaml(path)) | flatten(changes or {}))
 
 
 def differences(config: RunConfig, base: RunConfig | None = None) -> dict[str, Value]:
@@ -155,8 +155,10 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
-        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
-        keys += known_keys(kind, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
     return keys
 
 

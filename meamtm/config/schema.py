@@ -1,7 +1,7 @@
 """What can be set: one frozen section per room. Every default lives here, once, with its meaning, unit and range."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -16,33 +16,33 @@ class DataConfig(Section):
     """Which clips are used, and how they reach a process."""
 
     path: str = Field(
-        "data/synth-packed", description="packed data set: a folder made by `meamtm pack`, or a pyarrow URI"
+        default="data/synth-packed", description="packed data set: a folder made by `meamtm pack`, or a pyarrow URI"
     )
     clip_s: float = Field(
-        5.0, gt=0, le=600, description="what the model hears at once, s; longer clips are cropped, shorter ones padded"
+        default=5.0, gt=0, le=600, description="heard at once, s; longer clips are cropped, shorter padded"
     )
-    test_fold: int | None = Field(1, description="held out for `evaluate` alone; null: every clip may train")
+    test_fold: int | None = Field(default=1, description="held out for `evaluate` alone; null: every clip may train")
     valid_fold: int | None = Field(
-        None, description="inner fold for choices (tuning, early stopping); null: its clips train too"
+        default=None, description="inner fold for choices (tuning, early stopping); null: its clips train too"
     )
     cache: Literal["arrow", "none"] = Field(
-        "arrow", description="arrow: decode once per node; none: stream and decode, for sets larger than the disk"
+        default="arrow", description="arrow: decode once per node; none: stream, for sets larger than the disk"
     )
-    cache_dir: str = Field("~/.cache/meamtm", description="where a node keeps decoded waveforms")
+    cache_dir: str = Field(default="~/.cache/meamtm", description="where a node keeps decoded waveforms")
 
 
 class MelConfig(Section):
     """Waveform -> log-mel spectrogram."""
 
-    sample_rate_hz: int = Field(16_000, ge=1_000, le=384_000, description="what clips are resampled to, Hz")
-    num_bands: int = Field(64, ge=8, le=512, description="mel bands")
-    window_ms: float = Field(32.0, gt=0, le=1_000, description="analysis window, ms")
-    hop_ms: float = Field(20.0, gt=0, le=1_000, description="from one frame to the next, ms")
-    fmin_hz: float = Field(40.0, ge=0, description="lower edge of the lowest band, Hz")
-    fmax_hz: float | None = Field(None, gt=0, description="upper edge of the highest band, Hz; null: Nyquist")
-    kind: Literal["slaney", "htk"] = Field("slaney", description="mel scale")
+    sample_rate_hz: int = Field(default=16_000, ge=1_000, le=384_000, description="what clips are resampled to, Hz")
+    num_bands: int = Field(default=64, ge=8, le=512, description="mel bands")
+    window_ms: float = Field(default=32.0, gt=0, le=1_000, description="analysis window, ms")
+    hop_ms: float = Field(default=20.0, gt=0, le=1_000, description="from one frame to the next, ms")
+    fmin_hz: float = Field(default=40.0, ge=0, description="lower edge of the lowest band, Hz")
+    fmax_hz: float | None = Field(default=None, gt=0, description="upper edge of the highest band, Hz; null: Nyquist")
+    kind: Literal["slaney", "htk"] = Field(default="slaney", description="mel scale")
     backend: Literal["auto", "conv", "fft"] = Field(
-        "auto", description="conv: nnAudio's kernels; fft: the same result by FFT; auto: fft on a CPU"
+        default="auto", description="conv: nnAudio's kernels; fft: the same result by FFT; auto: fft on a CPU"
     )
 
     @property
@@ -66,7 +66,7 @@ class MelConfig(Section):
         return self.fmax_hz if self.fmax_hz is not None else self.sample_rate_hz / 2
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "MelConfig":
         nyquist_hz = self.sample_rate_hz / 2
         if self.top_hz > nyquist_hz:
             raise ValueError(
@@ -78,11 +78,17 @@ class MelConfig(Section):
             )
         if self.window_samples < 64:
             raise ValueError(
-                f"mel.window_ms={self.window_ms:g} is {self.window_samples} samples at {self.sample_rate_hz} Hz, fewer than 64; lengthen it"
+                f"mel.window_ms={self.window_ms:g} is {self.window_samples} samples at {self.sample_rate_hz} Hz, "
+                f"fewer than 64; lengthen it"
+            )
+        if self.hop_samples < 1:
+            raise ValueError(
+                f"mel.hop_ms={self.hop_ms:g} is less than one sample at {self.sample_rate_hz} Hz; lengthen it"
             )
         if self.hop_ms > self.window_ms:
             raise ValueError(
-                f"mel.hop_ms={self.hop_ms:g} exceeds mel.window_ms={self.window_ms:g}, so samples would go unheard; shorten the hop"
+                f"mel.hop_ms={self.hop_ms:g} exceeds mel.window_ms={self.window_ms:g}, so samples would go unheard; "
+                f"shorten the hop"
             )
         return self
 
@@ -91,23 +97,25 @@ class EncoderConfig(Section):
     """Log-mel spectrogram -> logits."""
 
     stem: Literal["conv", "patch"] = Field(
-        "conv", description="conv: stages of two 3x3 convolutions and 2x2 pooling; patch: one linear map per patch"
+        default="conv", description="conv: stages of two 3x3 convolutions and a pooling; patch: a linear map"
     )
     stem_channels: tuple[int, ...] = Field(
-        (32, 64, 128, 256), min_length=1, max_length=6, description="channels of each convolutional stage"
+        default=(32, 64, 128, 256), min_length=1, max_length=6, description="channels of each convolutional stage"
     )
-    patch: tuple[int, int] = Field((16, 16), description="patch size of the patch stem: bands, frames")
+    patch: tuple[int, int] = Field(default=(16, 16), description="patch size of the patch stem: bands, frames")
     stride: tuple[int, int] = Field(
-        (16, 16), description="from one patch to the next: bands, frames; less than the patch overlaps"
+        default=(16, 16), description="from one patch to the next: bands, frames; less than the patch overlaps"
     )
-    heads: int = Field(4, ge=1, le=64, description="attention heads")
-    head_dim: int = Field(64, ge=4, le=256, description="width of one head; the encoder is heads x head_dim wide")
-    depth: int = Field(2, ge=1, le=48, description="transformer blocks")
-    mlp_ratio: float = Field(2.0, gt=0, le=8, description="hidden width of a block's MLP over the encoder's width")
-    pool: Literal["mean", "cls", "attention"] = Field("mean", description="how tokens become one vector")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block, growing linearly")
-    patchout: float = Field(0.0, ge=0, lt=1, description="fraction of patches left out of each training step")
+    heads: int = Field(default=4, ge=1, le=64, description="attention heads")
+    head_dim: int = Field(default=64, ge=4, le=256, description="width of one head; a token has heads x head_dim")
+    depth: int = Field(default=2, ge=1, le=48, description="transformer blocks")
+    mlp_ratio: float = Field(default=2.0, gt=0, le=8, description="hidden width of a block's MLP over a token's")
+    pool: Literal["mean", "cls", "attention"] = Field(default="mean", description="how tokens become one vector")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the head")
+    drop_path: float = Field(
+        default=0.1, ge=0, lt=1, description="stochastic depth, growing up to this in the last block"
+    )
+    patchout: float = Field(default=0.0, ge=0, lt=1, description="fraction of patches left out of each training step")
 
     @property
     def width(self) -> int:
@@ -123,111 +131,115 @@ class EncoderConfig(Section):
         heads, head_dim = (given.get(key, cls.model_fields[key].default) for key in ("heads", "head_dim"))
         if given["width"] != heads * head_dim:
             raise ValueError(
-                f"encoder.width={given['width']} is not encoder.heads x encoder.head_dim ({heads} x {head_dim} = {heads * head_dim}); "
-                f"leave encoder.width out and set those two"
+                f"encoder.width={given['width']} is not encoder.heads x encoder.head_dim "
+                f"({heads} x {head_dim} = {heads * head_dim}); leave encoder.width out and set those two"
             )
         return {key: value for key, value in given.items() if key != "width"}
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "EncoderConfig":
         for axis, patch, stride in zip(("bands", "frames"), self.patch, self.stride, strict=True):
             if patch < 1 or not 1 <= stride <= patch:
                 raise ValueError(
-                    f"encoder.stride={list(self.stride)} must lie in 1..patch ({list(self.patch)}) along {axis}; a larger stride skips {axis}"
+                    f"encoder.stride={list(self.stride)} must lie in 1..patch ({list(self.patch)}) along {axis}; "
+                    f"a larger stride skips {axis}"
                 )
         if min(self.stem_channels) < 8 or max(self.stem_channels) > 4096:
-            raise ValueError(f"encoder.stem_channels={list(self.stem_channels)} must lie in 8..4096")
+            raise ValueError(
+                f"encoder.stem_channels={list(self.stem_channels)} must each lie in 8..4096; correct those outside"
+            )
         return self
 
 
 class AugmentConfig(Section):
     """Changes to training clips only; each is drawn anew for every clip and epoch."""
 
-    roll: float = Field(1.0, ge=0, le=1, description="probability of a circular shift in time by a random amount")
-    gain_db: float = Field(6.0, ge=0, le=40, description="gain drawn from +-this, dB")
-    speed: float = Field(0.15, ge=0, le=0.5, description="playing speed drawn from 1 +- this (pitch follows)")
+    roll: float = Field(default=1.0, ge=0, le=1, description="probability of a random circular shift in time")
+    gain_db: float = Field(default=6.0, ge=0, le=40, description="gain drawn from +-this, dB")
+    speed: float = Field(default=0.15, ge=0, le=0.5, description="playing speed drawn from 1 +- this (pitch follows)")
     noise_db: float | None = Field(
-        None,
-        ge=0,
-        le=80,
-        description="lowest signal-to-noise ratio of added white noise, dB; up to 30 dB above it; null: none",
+        default=None, ge=0, le=80, description="signal over added white noise, dB: from this to 30 dB more; null: none"
     )
-    time_mask: float = Field(0.1, ge=0, le=0.9, description="widest time mask, fraction of the frames")
-    freq_mask: float = Field(0.1, ge=0, le=0.9, description="widest frequency mask, fraction of the bands")
+    time_mask: float = Field(default=0.1, ge=0, le=0.9, description="widest time mask, fraction of the frames")
+    freq_mask: float = Field(default=0.1, ge=0, le=0.9, description="widest frequency mask, fraction of the bands")
 
 
 class MixConfig(Section):
     """Two clips into one, with both labels."""
 
     kind: Literal["none", "mixup", "between_class"] = Field(
-        "between_class", description="between_class weighs by loudness (Tokozume 2018); mixup does not"
+        default="between_class", description="between_class weighs by loudness (Tokozume 2018); mixup does not"
     )
-    prob: float = Field(1.0, ge=0, le=1, description="probability that a batch is mixed")
-    alpha: float = Field(1.0, gt=0, le=20, description="share of the first clip is drawn from Beta(alpha, alpha)")
+    prob: float = Field(default=1.0, ge=0, le=1, description="probability that a batch is mixed")
+    alpha: float = Field(
+        default=1.0, gt=0, le=20, description="the first clip's share is drawn from Beta(alpha, alpha)"
+    )
 
 
 class LossConfig(Section):
     """Logits and targets -> one number."""
 
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability spread over all labels")
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1, description="probability spread over all labels")
 
 
 class OptimConfig(Section):
     """Gradients -> new weights."""
 
-    name: str = Field("adamw", description="any optimizer that timm knows")
-    lr: float = Field(1e-3, gt=0, le=10, description="peak learning rate")
-    weight_decay: float = Field(0.05, ge=0, le=10, description="not applied to biases, norms and position embeddings")
+    name: str = Field(default="adamw", description="any optimizer that timm knows")
+    lr: float = Field(default=1e-3, gt=0, le=10, description="peak learning rate")
+    weight_decay: float = Field(default=0.05, ge=0, le=10, description="not of biases, norms and position embeddings")
     schedule: Literal["cosine", "onecycle", "step", "constant"] = Field(
-        "cosine", description="learning rate after the warm-up"
+        default="cosine", description="learning rate after the warm-up"
     )
-    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of all steps over which the rate climbs to its peak")
-    final_ratio: float = Field(0.01, ge=0, le=1, description="last learning rate over the peak (cosine, onecycle)")
-    step_epochs: int = Field(10, ge=1, description="epochs between drops (step)")
-    step_gamma: float = Field(0.5, gt=0, le=1, description="factor at each drop (step)")
-    clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no limit")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="fraction of all steps in which the rate climbs")
+    final_ratio: float = Field(default=0.01, ge=0, le=1, description="last rate over the peak (cosine, onecycle)")
+    step_epochs: int = Field(default=10, ge=1, description="epochs between drops (step)")
+    step_gamma: float = Field(default=0.5, gt=0, le=1, description="factor at each drop (step)")
+    clip_grad: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no limit")
 
 
 class TrainConfig(Section):
     """How long, how large, how exact."""
 
-    epochs: int = Field(100, ge=1, le=100_000, description="passes over the training clips")
-    batch_size: int = Field(32, ge=1, le=65_536, description="clips per optimizer step, over all workers together")
-    seed: int = Field(0, ge=0, lt=2**31, description="initial weights, order, augmentation")
+    epochs: int = Field(default=100, ge=1, le=100_000, description="passes over the training clips")
+    batch_size: int = Field(default=32, ge=1, le=65_536, description="clips per step, over all workers together")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="initial weights, order, augmentation")
     ema_decay: float = Field(
-        0.99, ge=0, lt=1, description="of the averaged weights that are evaluated and kept; 0: no averaging"
+        default=0.99, ge=0, lt=1, description="of the averaged weights that are evaluated and kept; 0: no averaging"
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
-        "auto", description="bf16: autocast; auto: where the device computes it natively"
+        default="auto", description="bf16: autocast; auto: where the device computes it natively"
     )
-    checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints; 0: after every epoch")
+    checkpoint_s: float = Field(default=60.0, ge=0, description="seconds between checkpoints; 0: after every epoch")
 
 
 class ScaleConfig(Section):
     """Where a run happens. Nothing here changes its result's identity."""
 
-    workers: int = Field(0, ge=0, le=4096, description="Ray Train workers; 0: this process")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a device")
-    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves for a worker or a trial")
-    gpus_per_worker: float = Field(1.0, gt=0, description="GPUs that Ray reserves for a worker or a trial on CUDA")
-    max_failures: int = Field(1, ge=-1, description="restarts of a failed Ray Train run; -1: no limit")
-    threads: int | None = Field(None, ge=1, description="threads of a process; null: one per core it may use")
-    address: str | None = Field(None, description="Ray cluster; null: RAY_ADDRESS, or one started on this machine")
+    workers: int = Field(default=0, ge=0, le=4096, description="Ray Train workers; 0: this process")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is a device")
+    cpus_per_worker: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for a worker or a trial")
+    gpus_per_worker: float = Field(default=1.0, gt=0, description="GPUs that Ray reserves for one, on CUDA")
+    max_failures: int = Field(default=1, ge=-1, description="restarts of a failed Ray Train run; -1: no limit")
+    threads: int | None = Field(default=None, ge=1, description="threads of a process; null: one per core it may use")
+    address: str | None = Field(default=None, description="Ray cluster; null: RAY_ADDRESS, or one started here")
 
 
 class TrackingConfig(Section):
     """Who is told."""
 
-    mlflow: bool = Field(True, description="log to MLflow besides the run's own metrics.jsonl")
-    uri: str | None = Field(None, description="MLflow; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db here")
-    experiment: str = Field("meamtm", min_length=1, description="MLflow experiment")
+    mlflow: bool = Field(default=True, description="log to MLflow besides the run's own metrics.jsonl")
+    uri: str | None = Field(default=None, description="MLflow; null: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db here")
+    experiment: str = Field(default="meamtm", min_length=1, description="MLflow experiment")
 
 
 class RunConfig(Section):
     """Everything that a run is. Equal signatures are the same run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the run folder's name")
-    runs_dir: str = Field("runs", description="folder of all run folders")
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the run folder's name"
+    )
+    runs_dir: str = Field(default="runs", description="folder of all run folders")
     data: DataConfig = DataConfig()
     mel: MelConfig = MelConfig()
     encoder: EncoderConfig = EncoderConfig()
@@ -255,14 +267,16 @@ class RunConfig(Section):
         return 1 + self.clip_samples // self.mel.hop_samples
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "RunConfig":
         if self.clip_samples < self.mel.window_samples:
             raise ValueError(
-                f"data.clip_s={self.data.clip_s:g} is shorter than one window (mel.window_ms={self.mel.window_ms:g}); lengthen the clip"
+                f"data.clip_s={self.data.clip_s:g} is shorter than one window (mel.window_ms={self.mel.window_ms:g}); "
+                f"lengthen the clip"
             )
         if self.data.test_fold is not None and self.data.test_fold == self.data.valid_fold:
             raise ValueError(
-                f"data.valid_fold={self.data.valid_fold} is data.test_fold too, so choices would be made on the test; take another fold"
+                f"data.valid_fold={self.data.valid_fold} is data.test_fold too, so choices would be made on the test; "
+                f"take another fold"
             )
         size = (self.mel.num_bands, self.num_frames)
         least = self.encoder.patch if self.encoder.stem == "patch" else (2 ** len(self.encoder.stem_channels),) * 2
