@@ -40,14 +40,14 @@ class MelLayer(nn.Module):
         self.register_buffer("std", torch.ones(()))
 
     def forward(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch band frame"]:
-        """Gives one frame per hop, centred on it; samples are in -1..1. Shorter than one transform is padded."""
+        """Gives one frame per hop, centred on it; samples are in -1..1. What is shorter than a window is padded."""
         with torch.autocast(waveform.device.type, enabled=False):
             return (self.log_mel(waveform.float()) - self.mean) / self.std
 
     def log_mel(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch band frame"]:
         """Gives the logarithm of the mel power, before normalisation."""
-        missing = self.config.num_fft - waveform.shape[-1]
-        if missing > 0:  # reflection needs more samples than it mirrors
+        missing = self.config.window_samples - waveform.shape[-1]
+        if missing > 0:  # reflection needs more samples than the half transform that it mirrors
             waveform = F.pad(waveform, (0, missing))
         use_fft = self.config.backend == "fft" or (self.config.backend == "auto" and waveform.device.type == "cpu")
         power = self._power_by_fft(waveform) if use_fft else self._power_by_convolution(waveform)
@@ -89,12 +89,12 @@ def _nnaudio_kernels(config: MelConfig) -> tuple[Tensor, Tensor, Tensor]:
         htk=config.kind == "htk",
         verbose=False,
     )
-    basis = layer.mel_basis.detach().clone()
+    basis = layer.get_buffer("mel_basis").clone()
     empty = int((basis.amax(dim=1) <= 0).sum())
     if empty:
         raise ConfigError(
-            f"mel.num_bands={config.num_bands}: {empty} bands lie between two of the {config.num_fft // 2 + 1} frequency "
-            f"bins and would stay empty; lower it, raise mel.fmin_hz or lengthen mel.window_ms"
+            f"mel.num_bands={config.num_bands}: {empty} bands lie between two of the {config.num_fft // 2 + 1} "
+            f"frequency bins and would stay empty; lower it, raise mel.fmin_hz or lengthen mel.window_ms"
         )
-    cosine, sine = layer.stft.wcos.detach(), layer.stft.wsin.detach()
+    cosine, sine = layer.get_buffer("stft.wcos"), layer.get_buffer("stft.wsin")  # (bin, 1, num_fft)
     return cosine[0, 0].clone(), basis, torch.cat((cosine, sine))  # the cosine of frequency 0 is the bare window
