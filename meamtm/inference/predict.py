@@ -12,7 +12,6 @@ from torch import Tensor
 
 from meamtm.data.audio import read_audio
 from meamtm.errors import DataError
-from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import Saved
 from meamtm.training.step import FULL_SCALE
 
@@ -73,13 +72,11 @@ def write_csv(out: Path, classes: Sequence[str], answers: Sequence[Answer]) -> N
 
 def write_npz(out: Path, answers: Sequence[Answer]) -> int:
     """Writes paths (file,) and embeddings (file, width) of the readable files, and returns their number."""
-    good = [answer for answer in answers if answer.values is not None]
+    good = [(str(answer.path), answer.values) for answer in answers if answer.values is not None]
     if not good:
         raise DataError(f"none of {len(answers)} files can be read, so {out} is not written; see the reasons above")
     with out.open("wb") as file:
-        np.savez(
-            file, path=[str(answer.path) for answer in good], embedding=np.stack([answer.values for answer in good])
-        )
+        np.savez(file, path=[path for path, _ in good], embedding=np.stack([values for _, values in good]))
     return len(good)
 
 

@@ -1,6 +1,7 @@
-"""Log-mel spectrogram -> grid of patches. Both stems fit the `embed_layer` hook of timm's VisionTransformer, which hands
-them its image size and asks back for their grid."""
+"""Log-mel spectrogram -> grid of patches. Both stems fit the `embed_layer` hook of timm's VisionTransformer, which
+hands them its image size and asks back for their grid."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.nn.functional import all_reduce
 Size = tuple[int, int]
 
 
-class Stem(nn.Module):
+class Stem(nn.Module, ABC):
     """What timm asks of a patch embedding: the grid that an image of `img_size` (bands, frames) gives."""
 
     def __init__(self, img_size: Size, patch_size: Size) -> None:
@@ -23,9 +24,9 @@ class Stem(nn.Module):
         self.grid_size = self.dynamic_feat_size(img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
+    @abstractmethod
     def dynamic_feat_size(self, img_size: Size) -> Size:
         """Counts patches along bands and frames."""
-        raise TypeError(f"{type(self).__name__} does not say its grid")
 
     def feat_ratio(self, as_scalar: bool = True) -> int | Size:
         """Tells by how much the grid is coarser than the spectrogram."""

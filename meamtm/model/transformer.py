@@ -1,6 +1,7 @@
 """Waveforms -> logits: log-mel, stem, timm's transformer encoder, head."""
 
 from functools import partial
+from typing import Literal
 
 from jaxtyping import Bool, Float
 from timm.models.vision_transformer import VisionTransformer
@@ -10,7 +11,7 @@ from meamtm.config import EncoderConfig, RunConfig
 from meamtm.model.mel import MelLayer
 from meamtm.model.stem import ConvStem, PatchStem
 
-POOLS = {"mean": "avg", "cls": "token", "attention": "map"}
+POOLS: dict[str, Literal["avg", "token", "map"]] = {"mean": "avg", "cls": "token", "attention": "map"}
 """Our words -> timm's."""
 
 

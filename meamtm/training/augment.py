@@ -1,5 +1,5 @@
-"""Training clips -> changed training clips: waveforms are shifted, sped up, made louder, noisier and mixed; spectrograms
-are masked. Every draw comes from the generator that is passed in."""
+"""Training clips -> changed training clips: waveforms are shifted, sped up, made louder, noisier and mixed;
+spectrograms are masked. Every draw comes from the generator that is passed in."""
 
 import math
 
@@ -111,5 +111,6 @@ def _beta(count: int, alpha: float, generator: torch.Generator) -> Float[Tensor,
     """Draws from Beta(alpha, alpha), as the share of one of two Gamma(alpha) draws."""
     if alpha == 1.0:
         return torch.rand(count, generator=generator)
-    first, second = torch._standard_gamma(torch.full((2, count), alpha), generator=generator).clamp_min(1e-9)
+    draws = torch._standard_gamma(torch.full((2, count), alpha), generator=generator)  # type: ignore[reportPrivateImportUsage]
+    first, second = draws.clamp_min(1e-9)
     return first / (first + second)

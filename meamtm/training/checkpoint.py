@@ -55,6 +55,7 @@ def save(
     weights: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
     metrics: Mapping[str, float],
+    *,
     cursor: tuple[int, int],
 ) -> Path:
     """Writes a checkpoint into a new scratch folder, flushed to disk; a context publishes it.

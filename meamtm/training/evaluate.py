@@ -54,7 +54,8 @@ def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = 
     if clips.classes != saved.labels.classes:
         raise CheckpointError(
             f"{saved.folder} names {len(saved.labels.classes)} classes, {list(saved.labels.classes)[:4]}..., and "
-            f"{config.data.path} has {len(clips.classes)}, {list(clips.classes)[:4]}...; evaluate on data with the same ones"
+            f"{config.data.path} has {len(clips.classes)}, {list(clips.classes)[:4]}...; "
+            f"evaluate on data with the same ones"
         )
     if fold is None and clips.digest != saved.labels.digest:
         indices = np.arange(len(clips))

@@ -17,7 +17,7 @@ Target = Float[Tensor, "clip label"]
 
 
 def scores(probability: Probability, target: Target, *, multi_label: bool) -> dict[str, float]:
-    """Gives accuracy and macro-F1 in 0..1 and the loss in nats; for several labels per clip also mean average precision."""
+    """Gives accuracy and macro-F1 in 0..1, the loss in nats and, for several labels a clip, mean average precision."""
     num_labels = target.shape[1]
     if multi_label:
         wanted = target.long()

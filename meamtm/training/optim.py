@@ -2,7 +2,7 @@
 
 import math
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2  # type: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.optim import Optimizer
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from jaxtyping import Float, Int16
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3  # type: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer

@@ -130,7 +130,7 @@ def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Pat
         "losses": learner.losses,
     }
     cursor = (learner.epoch, learner.batch)
-    return save(learner.config, labels, learner.evaluated.state_dict(), state, metrics, cursor)
+    return save(learner.config, labels, learner.evaluated.state_dict(), state, metrics, cursor=cursor)
 
 
 def _finish_epoch(learner: Learner, num_clips: int) -> dict[str, float]:
