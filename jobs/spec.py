@@ -53,7 +53,6 @@ class JobConfig(Section):
     name: str = Field("job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the job's ID")
     config: str | None = Field(None, description="train: run file; tune: study file; inside working_dir")
     changes: tuple[str, ...] = Field((), description="KEY=VALUE words for the run or the study")
-    resume: bool = Field(False, description="train, tune: add --resume")
     source: str | None = Field(None, description="pack: folder of sounds")
     out: str | None = Field(None, description="pack: folder of the packed data set")
     manifest: str | None = Field(None, description="pack: CSV of paths and labels")
@@ -93,7 +92,7 @@ class JobConfig(Section):
         if self.kind is None:
             raise ValueError("kind=null: a job is of a kind; add a line kind: train, kind: tune or kind: pack")
         needed = ("source", "out") if self.kind == "pack" else ("config",)
-        foreign = ("config", "changes", "resume") if self.kind == "pack" else ("source", "out", "manifest")
+        foreign = ("config", "changes") if self.kind == "pack" else ("source", "out", "manifest")
         for key in needed:
             if getattr(self, key) is None:
                 raise ValueError(f"{key}=null: kind={self.kind} needs it; add a line {key}: PATH")
@@ -172,7 +171,7 @@ def prepare(job: JobConfig) -> Submission:
         runtime_env={
             "working_dir": str(folder),
             "excludes": list(job.excludes),
-            "env_vars": _environment(job) | env,
+            "env_vars": _environment(job) | _commit(folder, shared) | env,
         },
         cpus=job.cpus,
         gpus=job.gpus,
@@ -212,7 +211,7 @@ def _run_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str
     changes |= {"tracking.uri": None} if run.tracking.uri is not None else {}
     kept = [word for word in job.changes if word.partition("=")[0] not in changes]
     words = [str(path.relative_to(Path.cwd())), *kept, *(_word(key, value) for key, value in changes.items())]
-    return words + (["--resume"] if job.resume else []), _tracking(job, run.tracking, shared)
+    return words, _tracking(job, run.tracking, shared)
 
 
 def _read(job: JobConfig) -> tuple[RunConfig, dict[str, str]]:
@@ -260,6 +259,12 @@ def _environment(job: JobConfig) -> dict[str, str]:
             )
         env[key] = found
     return env
+
+
+def _commit(folder: Path, shared: bool) -> dict[str, str]:
+    """Lets a run name its commit, although the copy has no .git."""
+    repository = folder / ".git"
+    return {"GIT_DIR": str(repository)} if shared and repository.is_dir() else {}
 
 
 def _tracking(job: JobConfig, tracking: TrackingConfig, shared: bool) -> dict[str, str]:

@@ -51,6 +51,11 @@ class Cluster(JobSubmissionClient):
         address = hide_password(self._address)
         if r.status_code == requests.codes.not_found and "/api/jobs/" in r.url:
             raise ServiceError(f"{address}: no job of that ID ({_last_line(r.text)}); `python -m jobs list` names them")
+        if r.status_code == requests.codes.request_entity_too_large:
+            raise ConfigError(
+                "working_dir: its copy is larger than a cluster takes (100 MiB); keep data elsewhere, "
+                "or name what is large in excludes or .gitignore"
+            )
         raise ServiceError(
             f"{address} refused {r.request.method} {r.request.path_url} ({r.status_code}: {_last_line(r.text)}); "
             f"its own log, under /tmp/ray/session_latest/logs, tells more"
@@ -77,19 +82,13 @@ def connect(address: str) -> Cluster:
 
 def submit(cluster: Cluster, submission: Submission) -> str:
     """Copies the working folder and starts the job; returns its ID without waiting for it."""
-    try:
-        return cluster.submit_job(
-            entrypoint=submission.entrypoint,
-            submission_id=submission.id,
-            runtime_env=submission.runtime_env,
-            entrypoint_num_cpus=submission.cpus,
-            entrypoint_num_gpus=submission.gpus,
-        )
-    except ValueError as error:
-        folder = submission.runtime_env["working_dir"]
-        raise ConfigError(
-            f"working_dir={folder} cannot be sent ({_last_line(str(error))}); add what is large to excludes"
-        ) from error
+    return cluster.submit_job(
+        entrypoint=submission.entrypoint,
+        submission_id=submission.id,
+        runtime_env=submission.runtime_env,
+        entrypoint_num_cpus=submission.cpus,
+        entrypoint_num_gpus=submission.gpus,
+    )
 
 
 def details(cluster: Cluster, job_id: str) -> JobDetails:

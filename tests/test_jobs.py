@@ -19,13 +19,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from zipfile import ZipFile
 
-import numpy as np
 import pytest
 import requests
-import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from jobs.__main__ import main
@@ -34,6 +31,7 @@ from jobs.spec import _word as word_of
 from meamtm.config import build, parse_changes
 from meamtm.data.pack import read_card
 from meamtm.errors import ConfigError, ServiceError
+from meamtm.tracking.server import connect as connect_mlflow
 
 ROOT = Path(__file__).parents[1]
 REMOTE = "http://ray.example:8265"
@@ -118,10 +116,9 @@ def test_relative_paths_mean_the_submitters_folder_on_a_cluster_of_this_machine(
 
 
 def test_a_studys_folder_is_the_submitters_too(project: Path) -> None:
-    words = shlex.split(prepare(job(kind="tune", config="study.yaml", changes=["trials=4"], resume=True)).entrypoint)
+    words = shlex.split(prepare(job(kind="tune", config="study.yaml", changes=["trials=4"])).entrypoint)
     assert f"studies_dir={project}/studies" in words
     assert f"data.path={project}/data/set" in words
-    assert words[-1] == "--resume"
 
 
 def test_paths_start_from_home_on_another_cluster(project: Path) -> None:
@@ -357,7 +354,10 @@ class Head:
         )
 
     def runs(self) -> list[Run]:
-        client = MlflowClient(self.env["MLFLOW_TRACKING_URI"])
+        """All MLflow runs so far; none before there is a database."""
+        if not (self.folder / "mlflow.db").exists():
+            return []
+        client = connect_mlflow(self.env["MLFLOW_TRACKING_URI"])
         return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
 
 
@@ -369,7 +369,7 @@ def head() -> Iterator[Head]:
         (folder / "token").write_text(secrets.token_hex(32))
         address = f"http://127.0.0.1:{free_port()}"
         env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
-        env |= {"HOME": name, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{name}/token", "OMP_NUM_THREADS": "1"}
+        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{name}/token", "OMP_NUM_THREADS": "1"}
         env |= {"RAY_API_SERVER_ADDRESS": address, "MLFLOW_TRACKING_URI": f"sqlite:///{name}/mlflow.db"}
         options = {
             "node-ip-address": "127.0.0.1",
@@ -411,16 +411,6 @@ def wait_for(condition: Callable[[], bool], limit_s: float) -> None:
         time.sleep(0.3)
 
 
-@pytest.fixture(scope="module")
-def sounds(head: Head) -> Path:
-    generator = np.random.default_rng(0)
-    for label in ("high", "low"):
-        (head.folder / "sounds" / label).mkdir(parents=True)
-        for number in range(3):
-            soundfile.write(head.folder / f"sounds/{label}/{number}.wav", generator.normal(0, 0.1, 8_000), 16_000)
-    return head.folder / "sounds"
-
-
 @pytest.mark.ray
 def test_a_submitted_job_streams_its_log_and_succeeds(head: Head, sounds: Path) -> None:
     done = head.jobs("submit", "configs/jobs/pack.yaml", f"source={sounds}", f"out={head.folder}/packed")
@@ -428,7 +418,7 @@ def test_a_submitted_job_streams_its_log_and_succeeds(head: Head, sounds: Path) 
     job_id = done.stderr.split()[1]
     assert f"jobs.run pack {sounds}" in done.stdout
     assert done.stdout.splitlines()[-1].startswith(f"{job_id} SUCCEEDED after")
-    assert read_card(head.folder / "packed").num_clips == 6
+    assert read_card(head.folder / "packed").num_clips == 100
     assert head.jobs("status", job_id).stdout.startswith(f"{job_id} SUCCEEDED")
     assert job_id in head.jobs("list").stdout
     assert "jobs.run pack" in head.jobs("logs", job_id).stdout
@@ -473,3 +463,52 @@ def test_an_unknown_job_is_told(head: Head) -> None:
         assert done.stderr == (
             f"{head.address}: no job of that ID (Job x does not exist); `python -m jobs list` names them\n"
         )
+
+
+@pytest.mark.ray
+def test_more_than_a_cluster_takes_is_told(head: Head, sounds: Path) -> None:
+    big = head.folder / "big"
+    big.mkdir()
+    with (big / "data.bin").open("wb") as file:
+        file.truncate(101 * 2**20)
+    done = head.jobs("submit", "configs/jobs/pack.yaml", f"source={sounds}", "out=/x", f"working_dir={big}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("working_dir: its copy is larger than a cluster takes (100 MiB);")
+
+
+def small(head: Head, packed: Path) -> list[str]:
+    """The smoke study on the tests' small sound set."""
+    places = [f"studies_dir={head.folder}/studies", f"runs_dir={head.folder}/runs"]
+    data = [f"data.path={packed}", f"data.cache_dir={head.folder}/cache", "data.clip_s=0.5", "mel.sample_rate_hz=8000"]
+    return ["submit", "configs/jobs/tune-smoke.yaml", *places, *data, "max_concurrent=1"]
+
+
+@pytest.mark.ray
+def test_a_study_as_a_job_succeeds_and_is_seen_in_mlflow(head: Head, packed: Path) -> None:
+    done = head.jobs(*small(head, packed))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (head.folder / "studies").iterdir()
+    assert (folder / "best.yaml").exists()
+    assert folder.name in done.stdout
+    runs = head.runs()
+    (study,) = [run for run in runs if run.info.run_name == folder.name]
+    assert len([run for run in runs if run.data.tags.get("mlflow.parentRunId") == study.info.run_id]) == 3
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    has_commit = {run.data.tags["git_commit"] != "unknown" for run in runs}
+    assert has_commit == {(ROOT / ".git").is_dir()}
+
+
+@pytest.mark.ray
+def test_a_stopped_study_leaves_no_run_running(head: Head, packed: Path) -> None:
+    done = head.jobs(*small(head, packed), "name=long", "train.epochs=20000", "trials=4", "--no-wait")
+    assert done.returncode == 0, done.stderr
+    job_id = done.stderr.split()[1]
+    assert f"python -m jobs logs {job_id} --follow" in done.stderr
+    wait_for(
+        lambda: any(run.info.status == "RUNNING" and "mlflow.parentRunId" in run.data.tags for run in head.runs()), 120
+    )
+    stopped = head.jobs("stop", job_id)
+    assert stopped.stdout.startswith(f"{job_id} STOPPED"), stopped.stdout + stopped.stderr
+    states = [run.info.status for run in head.runs()]
+    assert "RUNNING" not in states
+    assert states.count("KILLED") >= 2  # the study and a trial
