@@ -46,6 +46,7 @@ def test_run_is_read_back_as_it_was_logged(uri: str, tmp_path: Path) -> None:
         )
         sink.log({"train/loss": 0.5, "f1/crying (baby)": 1}, 1)
         sink.log({"train/loss": 0.25}, 2)
+        sink.tag({"outcome": "stopped early"})
         (tmp_path / "table.csv").write_text("a,b\n")
         sink.artifact(tmp_path / "table.csv", "figures")
         (tmp_path / "table.csv").unlink()  # the sink has its own copy
@@ -58,7 +59,9 @@ def test_run_is_read_back_as_it_was_logged(uri: str, tmp_path: Path) -> None:
         "encoder.patch": "[16, 16]",
         "name": "run",
     }
-    assert run.data.tags.items() >= {"digest": "abc", "mlflow.parentRunId": "parent"}.items()
+    assert (
+        run.data.tags.items() >= {"digest": "abc", "mlflow.parentRunId": "parent", "outcome": "stopped early"}.items()
+    )
     assert points_of(uri, sink.run_id) == {
         ("train/loss", 1, 0.5),
         ("train/loss", 2, 0.25),
@@ -145,6 +148,15 @@ def test_exception_sets_the_true_final_state(uri: str, tmp_path: Path, error: ty
     assert sink.run_id is not None
     assert connect(uri).get_run(sink.run_id).info.status == status
     assert points_of(uri, sink.run_id) == {("a", 1, 1.0)}
+
+
+def test_run_whose_lines_cannot_be_written_does_not_stay_running(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    sink = MLflowSink(uri, "e", "r")
+    with pytest.raises(FileExistsError):
+        Sinks(sink, JsonLines(tmp_path / "file" / "metrics.jsonl")).start({}, {})
+    assert sink.run_id is not None
+    assert connect(uri).get_run(sink.run_id).info.status == "FAILED"
 
 
 def test_same_folder_continues_the_same_run_and_sends_what_never_arrived(uri: str, tmp_path: Path) -> None:

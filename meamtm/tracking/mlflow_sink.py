@@ -74,9 +74,6 @@ class MLflowSink:
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
         """Creates or continues the run; raises ServiceError within ten seconds if the service does not answer."""
         client = connect(self.uri)
-        tags = {key: _shorten(hide_password(str(value)), LONGEST_TAG) for key, value in tags.items()}
-        if self.parent_run_id is not None:
-            tags["mlflow.parentRunId"] = self.parent_run_id
         texts = {key: _shorten(hide_password(_text(value)), LONGEST_PARAM) for key, value in params.items()}
         try:
             experiment_id = find_experiment(client, self.uri, self.experiment)
@@ -94,6 +91,15 @@ class MLflowSink:
     def log(self, metrics: Metrics, step: int) -> None:
         """Puts the metrics in line and returns; never blocks, never raises."""
         self._log_at(metrics, step, time.time())
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Puts further tags in line; as with `log`, a server that is away costs nothing here."""
+        from mlflow.entities import RunTag
+
+        if self._open is not None:
+            marks = [RunTag(key, _shorten(hide_password(str(value)), LONGEST_TAG)) for key, value in tags.items()]
+            for first in range(0, len(marks), ENTRIES_PER_REQUEST):
+                self._open.put("tags", tags=marks[first : first + ENTRIES_PER_REQUEST])
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Puts a copy of the file in line, in which passwords of URIs are hidden if it is text."""
@@ -162,16 +168,15 @@ class MLflowSink:
 
     def _describe(self, params: Mapping[str, str], tags: Mapping[str, str], known: Mapping[str, str]) -> None:
         """Sends params and tags; a param that another start of this run gave otherwise becomes a tag `changed.KEY`."""
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Param
 
         assert self._open is not None
         changed = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
         entries = [Param(key, value) for key, value in params.items() if key not in known]
         for first in range(0, len(entries), ENTRIES_PER_REQUEST):
             self._open.put("params", params=entries[first : first + ENTRIES_PER_REQUEST])
-        marks = [RunTag(key, value) for key, value in {**changed, **tags}.items()]
-        for first in range(0, len(marks), ENTRIES_PER_REQUEST):
-            self._open.put("tags", tags=marks[first : first + ENTRIES_PER_REQUEST])
+        parent = {"mlflow.parentRunId": self.parent_run_id} if self.parent_run_id is not None else {}
+        self.tag({**changed, **tags, **parent})
 
     def _catch_up(self, from_step: int) -> None:
         """Sends what was logged up to that step and never arrived, since its process died too early."""

@@ -50,9 +50,13 @@ class Sinks:
         self.sinks = sinks
 
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
-        """Starts each in turn; the first that cannot start stops the run."""
-        for sink in self.sinks:
-            sink.start(params, tags, from_step)
+        """Starts each in turn; the first that cannot start stops the run, and ends those before it."""
+        try:
+            for sink in self.sinks:
+                sink.start(params, tags, from_step)
+        except BaseException as error:
+            self.close(outcome(type(error)))
+            raise
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Logs to each."""
