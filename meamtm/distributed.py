@@ -53,9 +53,9 @@ def run_on_ray(config: RunConfig, extra_sinks: Sequence[Sink] = ()) -> Outcome:
     config = absolute(config)
     if (done := finished(config)) is not None:
         return done
-    with open_record(config) as sinks:  # a tracking server or data set that is away shows before any worker starts
-        connect(config.scale.address)
-        check_resources(config.scale)
+    connect(config.scale.address)
+    check_resources(config.scale)
+    with open_record(config) as sinks:  # whatever is away, be it Ray, data or MLflow, shows before anything is written
         with _listener((sinks, *extra_sinks)) as callback:
             try:
                 metrics = make_trainer(config, callbacks=[callback]).fit().return_value

@@ -51,8 +51,9 @@ def run_here(
         return done
     if config.scale.threads is not None:
         torch.set_num_threads(config.scale.threads)
+    device = choose_device(config.scale)
     with open_record(config) as sinks:
-        context = LocalContext(run_folder(config), choose_device(config.scale), (sinks, *extra_sinks), should_stop)
+        context = LocalContext(run_folder(config), device, (sinks, *extra_sinks), should_stop)
         return conclude(config, train(config, context), sinks)
 
 
@@ -86,12 +87,14 @@ def finished(config: RunConfig) -> Outcome | None:
 
 
 def open_record(config: RunConfig, parent_run_id: str | None = None) -> Sinks:
-    """Starts the run's record where its newest checkpoint left it: config.yaml, metrics.jsonl and MLflow."""
-    folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Starts the run's record where its newest checkpoint left it: config.yaml, metrics.jsonl and MLflow.
+
+    A data set or a tracking server that is away is an error before anything is written.
+    """
+    folder, marks = run_folder(config), tags(config)
     found = newest(folder)
     sinks = open_sink(config.tracking, folder, run_name(config), parent_run_id=parent_run_id)
-    sinks.start(flatten(config), tags(config), from_step=int(read_record(found)["epoch"]) if found else 0)
+    sinks.start(flatten(config), marks, from_step=int(read_record(found)["epoch"]) if found else 0)
     write_yaml(folder / "config.yaml", flatten(config))
     return sinks
 
