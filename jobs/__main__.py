@@ -49,6 +49,7 @@ def submit(
     _say(f"submitted {job_id} to {hide_password(submission.address)}")
     if no_wait:
         _say(f"follow it: python -m jobs logs {job_id} --follow")
+        typer.echo(job_id)
     else:
         _follow(cluster, job_id)
 

@@ -178,6 +178,11 @@ def prepare(job: JobConfig) -> Submission:
     )
 
 
+def make_word(key: str, value: str | None) -> str:
+    """Writes KEY=VALUE so that reading it as YAML gives the same value back."""
+    return f"{key}={yaml.safe_dump([value], default_flow_style=True, width=1_000_000).strip()[1:-1]}"
+
+
 def conceal(text: str, env: Mapping[str, str]) -> str:
     """Replaces passwords in URIs, and the values of variables whose names sound secret, by ***."""
     for name, value in env.items():
@@ -209,8 +214,8 @@ def _run_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str
     # A job belongs to the cluster that it was given to, and its MLflow is named by the environment.
     changes |= {"scale.address": None} if run.scale.address is not None else {}
     changes |= {"tracking.uri": None} if run.tracking.uri is not None else {}
-    kept = [word for word in job.changes if word.partition("=")[0] not in changes]
-    words = [str(path.relative_to(Path.cwd())), *kept, *(_word(key, value) for key, value in changes.items())]
+    kept = [word for word in job.changes if word.partition("=")[0].removeprefix("set.") not in changes]
+    words = [str(path.relative_to(Path.cwd())), *kept, *(make_word(key, value) for key, value in changes.items())]
     return words, _tracking(job, run.tracking, shared)
 
 
@@ -223,11 +228,6 @@ def _read(job: JobConfig) -> tuple[RunConfig, dict[str, str]]:
     else:
         run, paths = load(job.config, parse_changes(job.changes)), {}
     return run, {"data.path": run.data.path, "data.cache_dir": run.data.cache_dir, "runs_dir": run.runs_dir, **paths}
-
-
-def _word(key: str, value: str | None) -> str:
-    """Writes KEY=VALUE so that reading it as YAML gives the same value back."""
-    return f"{key}={yaml.safe_dump([value], default_flow_style=True, width=1_000_000).strip()[1:-1]}"
 
 
 def _there(key: str, path: str, home: str | None) -> str:
@@ -246,8 +246,8 @@ def _environment(job: JobConfig) -> dict[str, str]:
     """Collects the job's environment; a null value is taken from this process."""
     env = {
         "PYTHONUNBUFFERED": "1",
-        # A stopped job gets what Ctrl-C is on a terminal: Tune, Train and our own loop all end cleanly on it, and
-        # unlike SIGTERM (which ray.init() takes for itself) it stays theirs.
+        # A stopped job gets what Ctrl-C is on a terminal, where every command ends its MLflow runs. Ray's own choice,
+        # SIGTERM, is taken over by ray.init(), which prints a stack trace and leaves.
         "RAY_JOB_STOP_SIGNAL": "SIGINT",
         "RAY_JOB_STOP_WAIT_TIME_S": str(job.stop_wait_s),
     }

@@ -104,12 +104,15 @@ def log(cluster: Cluster, job_id: str) -> str:
 def follow(cluster: Cluster, job_id: str, write: Callable[[str], None]) -> JobDetails:
     """Writes a job's log while it grows, until the job has ended; returns its end."""
     env = _env(details(cluster, job_id))
-    unseen = _Once(lambda text: write(conceal(text, env)))
+    unseen = Once(lambda text: write(conceal(text, env)))
     while True:
         try:
             asyncio.run(_tail(cluster, job_id, unseen))
-        except (aiohttp.ClientError, RuntimeError) as error:
-            logger.info("the log of %s broke off and is taken up again: %s", job_id, error)
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            # A proxy may pass no WebSockets, and any connection may break; a plain request still brings the log.
+            logger.info("the log of %s broke off: %s", job_id, error)
+            unseen.begin()
+            unseen(cluster.get_job_logs(job_id))
         info = details(cluster, job_id)
         if info.status.is_terminal():
             return info
@@ -139,7 +142,7 @@ def _env(info: JobDetails) -> dict[str, str]:
     return (info.runtime_env or {}).get("env_vars") or {}
 
 
-class _Once:
+class Once:
     """Writes a log each character once, though every connection sends it from the beginning."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
@@ -147,7 +150,12 @@ class _Once:
         self.num_written = 0
         self.position = 0
 
+    def begin(self) -> None:
+        """Expects the log from its beginning."""
+        self.position = 0
+
     def __call__(self, text: str) -> None:
+        """Writes what of the next text is new."""
         fresh = text[max(0, self.num_written - self.position) :]
         self.position += len(text)
         self.num_written = max(self.num_written, self.position)
@@ -155,8 +163,8 @@ class _Once:
             self.write(fresh)
 
 
-async def _tail(cluster: Cluster, job_id: str, unseen: _Once) -> None:
-    unseen.position = 0
+async def _tail(cluster: Cluster, job_id: str, unseen: Once) -> None:
+    unseen.begin()
     async for text in cluster.tail_job_logs(job_id):
         unseen(text)
 

@@ -14,20 +14,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 from zipfile import ZipFile
 
 import pytest
+import ray
 import requests
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import Run
 
 from jobs.__main__ import main
-from jobs.spec import JobConfig, conceal, find_address, is_this_machine, load_job, prepare
-from jobs.spec import _word as word_of
+from jobs.spec import JobConfig, conceal, find_address, is_this_machine, load_job, make_word, prepare
 from meamtm.config import build, parse_changes
 from meamtm.data.pack import read_card
 from meamtm.errors import ConfigError, ServiceError
@@ -71,7 +72,9 @@ def free_port() -> int:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/jobs").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_shipped_job_opens_with_its_command_and_is_valid(path: Path) -> None:
     assert path.read_text().startswith(f"# python -m jobs submit configs/jobs/{path.name}")
-    assert load_job(path).name in path.stem
+    loaded = load_job(path)
+    assert loaded.name == path.stem
+    assert loaded.config is None or (ROOT / loaded.config).is_file()
 
 
 def test_words_of_the_job_change_it_and_all_others_reach_the_run(project: Path) -> None:
@@ -101,7 +104,7 @@ def test_a_shell_runs_nothing_that_hides_in_a_value(tmp_path: Path) -> None:
 
 @given(st.text() | st.none())
 def test_an_added_word_reads_back_as_its_value(value: str | None) -> None:
-    assert parse_changes([word_of("data.path", value)]) == {"data.path": value}
+    assert parse_changes([make_word("data.path", value)]) == {"data.path": value}
 
 
 def test_relative_paths_mean_the_submitters_folder_on_a_cluster_of_this_machine(project: Path) -> None:
@@ -218,6 +221,19 @@ def test_the_copy_leaves_out_data_but_no_package_of_that_name(project: Path) -> 
     assert not set(kept_here) & set(names)
 
 
+def test_cluster_files_name_the_installed_ray() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    folder = ROOT / "jobs/cluster"
+    cluster = list(yaml.safe_load_all((folder / "raycluster.yaml").read_text()))[1]
+    own_cluster = yaml.safe_load((folder / "rayjob.yaml").read_text())
+    assert cluster["spec"]["rayVersion"] == own_cluster["spec"]["rayClusterSpec"]["rayVersion"] == ray.__version__
+    assert f"rayproject/ray:{ray.__version__}-py311" in (folder / "Dockerfile").read_text()
+    study = load_job(ROOT / "configs/jobs/tune.yaml").config
+    assert own_cluster["spec"]["entrypoint"].startswith(f"python -m jobs.run tune {study} ")
+    validate_config(prepare_config(yaml.safe_load((folder / "machines.yaml").read_text())))
+
+
 # Which cluster
 
 
@@ -303,13 +319,13 @@ def test_a_web_server_that_is_not_rays_is_told(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_log_that_breaks_off_is_not_written_twice() -> None:
-    from jobs.submit import _Once
+    from jobs.submit import Once
 
     written: list[str] = []
-    once = _Once(written.append)
+    once = Once(written.append)
     for text in ("one\n", "two\n"):
         once(text)
-    once.position = 0  # a new connection sends everything again
+    once.begin()  # a new connection sends everything again
     for text in ("one\ntw", "o\nthree\n"):
         once(text)
     assert "".join(written) == "one\ntwo\nthree\n"
@@ -465,6 +481,37 @@ def test_an_unknown_job_is_told(head: Head) -> None:
         )
 
 
+class NoWebSockets(BaseHTTPRequestHandler):
+    """A proxy that passes plain requests on, as some do."""
+
+    target = ""
+
+    def do_GET(self) -> None:
+        if "Upgrade" in self.headers:
+            self.send_error(403)
+            return
+        answer = requests.get(self.target + self.path, headers=dict(self.headers.items()), timeout=30)
+        self.send_response(answer.status_code)
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Keeps the test's output clean."""
+
+
+@pytest.mark.ray
+def test_a_log_comes_through_a_proxy_without_websockets(head: Head) -> None:
+    job_id = head.jobs("list").stdout.splitlines()[-1].split()[0]
+    NoWebSockets.target = head.address
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NoWebSockets)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with closing(server.socket):
+        done = head.jobs("logs", job_id, "--follow", "--address", f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    assert done.stdout.startswith(head.jobs("logs", job_id).stdout)
+    assert job_id in done.stdout.splitlines()[-1]
+
+
 @pytest.mark.ray
 def test_more_than_a_cluster_takes_is_told(head: Head, sounds: Path) -> None:
     big = head.folder / "big"
@@ -503,12 +550,29 @@ def test_a_stopped_study_leaves_no_run_running(head: Head, packed: Path) -> None
     done = head.jobs(*small(head, packed), "name=long", "train.epochs=20000", "trials=4", "--no-wait")
     assert done.returncode == 0, done.stderr
     job_id = done.stderr.split()[1]
+    assert done.stdout == f"{job_id}\n"
     assert f"python -m jobs logs {job_id} --follow" in done.stderr
     wait_for(
         lambda: any(run.info.status == "RUNNING" and "mlflow.parentRunId" in run.data.tags for run in head.runs()), 120
     )
+    assert_goes_on_after_ctrl_c(head, job_id)
     stopped = head.jobs("stop", job_id)
     assert stopped.stdout.startswith(f"{job_id} STOPPED"), stopped.stdout + stopped.stderr
     states = [run.info.status for run in head.runs()]
     assert "RUNNING" not in states
     assert states.count("KILLED") >= 2  # the study and a trial
+
+
+def assert_goes_on_after_ctrl_c(head: Head, job_id: str) -> None:
+    command = [sys.executable, "-m", "jobs", "logs", job_id, "--follow"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=head.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert "Runtime env is setting up" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert f"{job_id} goes on; python -m jobs logs {job_id} --follow" in said
+    assert "Traceback" not in said
+    assert head.jobs("status", job_id).stdout == f"{job_id} RUNNING\n"
