@@ -15,7 +15,6 @@ from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.pack import pack, read_card
 from meamtm.data.packed import Packed
-from meamtm.data.stream import KEPT_ROW_GROUPS, StreamedWaveforms
 from meamtm.errors import DataError
 
 
@@ -172,12 +171,6 @@ def test_without_a_cache_the_same_sounds_are_decoded_on_demand(clips: Clips, pac
     assert not rows[2, 100:].any()
     for number in (0, 64, 99):
         np.testing.assert_array_equal(streamed.waveform(number), clips.waveform(number))
-
-
-def test_streaming_keeps_a_bounded_number_of_row_groups(packed: Path) -> None:
-    streamed = open_clips(settings(packed, packed, cache="none"), 8_000).waveforms
-    assert isinstance(streamed, StreamedWaveforms)
-    assert streamed._sounds.cache_info().maxsize == KEPT_ROW_GROUPS
 
 
 def test_a_missing_data_set_names_the_key_and_the_command(tmp_path: Path) -> None:

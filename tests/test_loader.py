@@ -13,6 +13,7 @@ from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Batch, Loader
 from meamtm.data.pack import pack
+from meamtm.data.stream import KEPT_ROW_GROUPS, StreamedWaveforms
 from meamtm.errors import ConfigError, DataError
 
 
@@ -155,6 +156,17 @@ def test_streaming_mixes_clips_of_several_row_groups_and_reads_few_at_a_time(str
     assert len(set(pools[:24])) <= 8  # 8 row groups of 3 clips are mixed
     assert sum(one != other for one, other in itertools.pairwise(pools)) > 60
     assert set(pools[:24]).isdisjoint(pools[24:96])
+
+
+def test_an_epoch_reads_each_streamed_row_group_about_once(streams: dict[int, Clips]) -> None:
+    waveforms = streams[3].waveforms
+    assert isinstance(waveforms, StreamedWaveforms)
+    waveforms._sounds.cache_clear()
+    loaders = [make(streams[3], batch_size=8, seed=5, rank=rank, world_size=2) for rank in range(2)]
+    for _ in zip(*(loader.epoch(0) for loader in loaders), strict=True):
+        pass
+    assert waveforms._sounds.cache_info().maxsize == KEPT_ROW_GROUPS
+    assert 34 <= waveforms._sounds.cache_info().misses <= 1.5 * 34
 
 
 # Lengths

@@ -1,4 +1,6 @@
 import csv
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -196,6 +198,16 @@ def test_the_digest_is_of_content_not_of_place_or_time(sounds: Path, packed: Pat
     samples[7] += 1
     soundfile.write(path, samples, rate_hz)
     assert pack(tmp_path / "copy", tmp_path / "b").digest != read_card(packed).digest
+
+
+def test_the_digest_can_be_computed_from_the_documentation(packed: Path) -> None:
+    card, set_ = read_card(packed), Packed(str(packed))
+    text = json.dumps([card.classes, card.multi_label])
+    sounds = [sound for group in range(set_.num_row_groups) for sound in set_.sounds(group)]
+    for facts, sound in zip(set_.table().drop_columns("row_group").to_pylist(), sounds, strict=True):
+        samples, _ = soundfile.read(io.BytesIO(sound), dtype="int16")
+        text += json.dumps([facts, hashlib.sha256(samples.astype("<i2").tobytes()).hexdigest()], sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == card.digest
 
 
 def test_labels_and_folds_are_part_of_the_digest(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Sound:
 
 
 class Shards:
-    """Writes sounds in row groups that a random reader can afford, and files that a copy can resume.
+    """Writes sounds in row groups small enough for reading single clips, and files of a handy size.
 
     Footers are written last, when the digest of the whole set is known.
     """
