@@ -1,4 +1,4 @@
-"""The `meamtm` command. Only this file prints; heavy libraries are imported inside the commands, so that help is quick."""
+"""The `meamtm` command. Only this file prints; commands import what is heavy themselves, so that help is quick."""
 
 import logging
 import signal
@@ -18,6 +18,7 @@ from meamtm.errors import MeamtmError
 
 if TYPE_CHECKING:
     from meamtm.config import RunConfig
+    from meamtm.inference.predict import Answer
     from meamtm.training.evaluate import Evaluation
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A small folder of labelled sounds becomes a good classifier: pack, train, evaluate, predict.",
 )
-console = Console()
+console = Console(markup=False, highlight=False)  # names of files and classes may hold [brackets]
 Changes = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changed settings, as `meamtm show` names them")
 ]
@@ -61,7 +62,7 @@ def synth(
 
     with _counting("writing sounds") as progress:
         write_synth(out, clips_per_class=clips_per_class, clip_s=clip_s, seed=seed, progress=progress)
-    console.print(f"{10 * clips_per_class} clips of {clip_s:g} s, 10 classes, 5 folds: {out}")
+    typer.echo(f"{10 * clips_per_class} clips of {clip_s:g} s, 10 classes, 5 folds: {out}")
 
 
 @app.command()
@@ -78,7 +79,7 @@ def pack(
         card = pack_folder(source, out, manifest, strict=strict, progress=progress)
     folds = f"{len(card.folds)} folds" if card.folds else "its own train/valid/test split"
     rejected = f", {card.num_rejected} rejected (see {out / 'rejected.csv'})" if card.num_rejected else ""
-    console.print(
+    typer.echo(
         f"{card.num_clips} clips, {len(card.classes)} classes, {folds}, {card.total_s / 60:.1f} min{rejected}: {out}"
     )
 
@@ -96,9 +97,9 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
         table.add_row(key, str(value), describe(RunConfig, key), style="bold" if value != defaults[key] else None)
     console.print(table)
     price = cost(resolved, _num_labels(resolved))
-    console.print(
-        f"{price.num_params:,} parameters, {price.num_tokens} tokens, {price.num_macs / 1e6:,.0f} million MACs per clip, "
-        f"checkpoint {price.checkpoint_bytes / 1e6:,.1f} MB"
+    typer.echo(
+        f"{price.num_params:,} parameters, {price.num_tokens} tokens, "
+        f"{price.num_macs / 1e6:,.0f} million MACs per clip, checkpoint {price.checkpoint_bytes / 1e6:,.1f} MB"
     )
 
 
@@ -121,12 +122,12 @@ def train(
     with _stop_on_signal() as should_stop, _epochs(settings, "done" if is_done else "training") as bar:
         outcome = run(settings, (bar,), should_stop)
     if is_done:
-        console.print("this run is done; nothing was trained. Change a setting or `name` for another one.")
+        typer.echo("this run is done; nothing was trained. Change a setting or `name` for another one.")
     if outcome.evaluation is not None:
         _print_evaluation(outcome.evaluation)
-    console.print(f"checkpoint  {outcome.checkpoint}\nrun folder  {outcome.folder}")
+    typer.echo(f"checkpoint  {outcome.checkpoint}\nrun folder  {outcome.folder}")
     if settings.tracking.mlflow and settings.tracking.uri:
-        console.print(f"MLflow      {how_to_open(settings.tracking.uri)}")
+        typer.echo(f"MLflow      {how_to_open(settings.tracking.uri)}")
 
 
 @app.command()
@@ -148,18 +149,16 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="CSV to write instead of the table")] = None,
 ) -> None:
     """Name the sounds in audio files."""
-    from meamtm.inference.predict import classify_files, find_audio
+    from meamtm.inference.predict import classify_files, find_audio, write_csv
     from meamtm.training.checkpoint import load_model
 
+    _check_folder(out)
     saved, files = load_model(checkpoint), find_audio(paths)
-    with _counting("listening") as progress:
-        answers = list(_counted(classify_files(saved, files), len(files), progress))
+    answers = _hear(classify_files(saved, files), len(files))
     classes = saved.labels.classes
     if out is not None:
-        from meamtm.inference.predict import write_csv
-
         write_csv(out, classes, answers)
-        console.print(f"{len(answers)} files: {out}")
+        typer.echo(f"{len(answers)} files: {out}")
         return
     table = Table("file", "class", "probability", "next")
     for answer in answers:
@@ -182,20 +181,29 @@ def embed(
     from meamtm.inference.predict import embed_files, find_audio, write_npz
     from meamtm.training.checkpoint import load_model
 
+    _check_folder(out)
     saved, files = load_model(checkpoint), find_audio(paths)
-    with _counting("listening") as progress:
-        answers = list(_counted(embed_files(saved, files), len(files), progress))
+    answers = _hear(embed_files(saved, files), len(files))
     for answer in answers:
         if answer.values is None:
-            console.print(answer.problem, style="dim")
+            typer.echo(f"{answer.path}: {answer.problem}", err=True)
     num_files = write_npz(out, answers)
-    console.print(f"{num_files} embeddings of width {saved.config.encoder.width}: {out}")
+    typer.echo(f"{num_files} embeddings of width {saved.config.encoder.width}: {out}")
 
 
-def _counted(items: Iterator[Any], total: int, progress: Callable[[int, int], None]) -> Iterator[Any]:
-    for done, item in enumerate(items, start=1):
-        yield item
-        progress(done, total)
+def _check_folder(out: Path | None) -> None:
+    """Finds out before the work, not after it, that its result has no place to go."""
+    if out is not None and not out.absolute().parent.is_dir():
+        raise MeamtmError(f"--out={out}: there is no folder {out.parent}; make it, or name another file")
+
+
+def _hear(answers: "Iterator[Answer]", num_files: int) -> "list[Answer]":
+    heard: list[Answer] = []
+    with _counting("listening") as progress:
+        for answer in answers:
+            heard.append(answer)
+            progress(len(heard), num_files)
+    return heard
 
 
 def _load(config: Path, changes: list[str] | None) -> "RunConfig":
@@ -212,14 +220,14 @@ def _num_labels(config: "RunConfig") -> int:
     try:
         return len(read_card(config.data.path).classes)
     except DataError as error:
-        console.print(f"{error}\nits cost is given for 10 classes")
+        typer.echo(f"{error}\nthe cost is given for 10 classes", err=True)
         return 10
 
 
 def _print_evaluation(evaluation: "Evaluation") -> None:
     metrics = evaluation.metrics
     where = "all clips" if evaluation.fold is None else f"fold {evaluation.fold}"
-    console.print(
+    typer.echo(
         f"test on {where}: {len(evaluation.clip_ids)} clips, "
         + ", ".join(f"{key.removeprefix('test/')} {value:.4f}" for key, value in metrics.items())
     )
@@ -277,12 +285,12 @@ def _bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), transient=True)  # an error is then the only line there
 
 
 @contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop, which training grants after the step; a second one kills."""
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop, granted after the step; a second one kills."""
     asked = threading.Event()
 
     def ask(number: int, _frame: object) -> None:

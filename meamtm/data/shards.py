@@ -103,9 +103,9 @@ def _schema(source: Source) -> pa.Schema:
         ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())]), {"_type": "Audio"}),
         ("sampling_rate", pa.int32(), _value("int32")),
         ("num_samples", pa.int64(), _value("int64")),
-        ("labels", pa.list_(pa.int32()), {"feature": label, "_type": "Sequence"})
+        ("labels", pa.list_(pa.int64()), {"feature": label, "_type": "Sequence"})
         if source.multi_label
-        else ("label", pa.int32(), label),
+        else ("label", pa.int64(), label),  # ClassLabel means 64 bits; with fewer its names are ignored
         ("fold", pa.int16(), _value("int16")),
         ("group", pa.string(), _value("string")),
         ("split", pa.string(), _value("string")),

@@ -3,13 +3,13 @@ hands them its image size and asks back for their grid."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 Size = tuple[int, int]
 
@@ -106,10 +106,27 @@ def _pooled_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
     mine = torch.cat((local_mean, local_variance, count))
     rows = F.pad(mine[None], (0, 0, dist.get_rank(), dist.get_world_size() - dist.get_rank() - 1))
-    means, variances, counts = all_reduce(rows).split((x.shape[1], x.shape[1], 1), dim=1)  # (rank, channel)
+    means, variances, counts = _SumOverRanks.apply(rows).split((x.shape[1], x.shape[1], 1), dim=1)  # (rank, channel)
     share = counts / counts.sum()
     mean = (share * means).sum(0)
-    return mean, (share * (variances + (means - mean).square())).sum(0), counts.sum()
+    variance = (share * (variances + (means - mean).square())).sum(0)
+    return mean, variance, counts.sum()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Adds a tensor over the ranks; each rank's gradient is the sum of all, since its part entered every sum."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 def _stage(fan_in: int, fan_out: int) -> nn.Sequential:

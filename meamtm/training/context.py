@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -16,6 +16,7 @@ class Stopped(KeyboardInterrupt):
     """Training was asked to stop, and has saved what it had; to a record this is KILLED, not FAILED."""
 
 
+@runtime_checkable
 class Context(Protocol):
     """A plain process, a Ray Train worker or a Tune trial."""
 

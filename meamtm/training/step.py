@@ -1,6 +1,8 @@
 """One batch forward and back, and the state that it moves."""
 
+import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +62,7 @@ def make_learner(
     parallel: nn.Module = model
     if world_size > 1:
         devices = [device] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        parallel = DistributedDataParallel(model, device_ids=devices, **_keep_buffers())
     decay = config.train.ema_decay
     ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay > 0 else None
     return Learner(
@@ -74,6 +76,12 @@ def make_learner(
         multi_label,
         steps_per_epoch,
     )
+
+
+def _keep_buffers() -> dict[str, Any]:
+    """Leaves buffers alone in each forward: ranks compute the same ones. torch renamed the option in 2.15."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
 def train_step(learner: Learner, batch: Batch) -> None:

@@ -1,0 +1,60 @@
+"""Two gloo ranks with half the batch each take the same steps as one process."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from tiny import PLAIN, Record, local, tiny
+
+from meamtm.config import RunConfig, from_flat, flatten
+from meamtm.training.train import train
+
+STEMS = {
+    "conv": {},
+    "patch": {"encoder.stem": "patch", "encoder.patch": [8, 6], "encoder.stride": [8, 3]},
+}
+
+
+def _rank(rank: int, port: int, flat: dict, out: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    config, record = from_flat(flat), Record()
+    context = local(config, record)
+    context.rank, context.world_size = rank, 2
+    if rank == 1:
+        context.report = lambda metrics, checkpoint=None: None
+    train(config, context)
+    dist.destroy_process_group()
+    if rank == 0:
+        torch.save(record.rows, out)
+
+
+def _two_ranks(config: RunConfig, out: Path) -> list[dict[str, float]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_rank, args=(port, flatten(config), str(out)), nprocs=2)
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_two_ranks_give_the_first_20_losses_of_one_process(
+    packed: Path, cache_dir: Path, tmp_path: Path, stem: str
+) -> None:
+    """All 60 training clips make one batch, so that an epoch is a step."""
+    changes = {**PLAIN, **STEMS[stem], "data.valid_fold": 2, "optim.lr": 1e-3}
+    changes |= {"train.batch_size": 60, "train.epochs": 20, "train.checkpoint_s": 1e6}
+    one, two = (tiny(packed, cache_dir, tmp_path / kind, changes) for kind in ("one", "two"))
+    record = Record()
+    train(one, local(one, record))
+    rows = _two_ranks(two, tmp_path / "rows.pt")
+    assert len(rows) == 20
+    losses = [row["train/loss"] for row in rows]
+    assert losses == pytest.approx(record.column("train/loss"), abs=1e-5)
+    assert losses[-1] < losses[0], "nothing was learned, so equal losses say nothing"
+    assert [row["valid/loss"] for row in rows] == pytest.approx(record.column("valid/loss"), abs=1e-4)

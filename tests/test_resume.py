@@ -1,0 +1,70 @@
+"""A run that is killed and continued equals one that was never interrupted, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import Record, local, tiny
+
+from meamtm.config import flatten, write_yaml
+from meamtm.training.checkpoint import load_state, newest
+from meamtm.training.context import Stopped
+from meamtm.training.run import run_folder
+from meamtm.training.train import train
+
+CHANGES = {"data.valid_fold": 2, "augment.noise_db": 10.0, "encoder.patchout": 0.2, "encoder.dropout": 0.1}
+"""All that is random is on."""
+
+
+def _assert_equal(first: Path, second: Path) -> None:
+    for name, tensor in load_file(first / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(second / "model.safetensors")[name]), name
+    states = load_state(first), load_state(second)
+    for name, tensor in states[0]["model"].items():
+        assert torch.equal(tensor, states[1]["model"][name]), name
+    for index, moments in states[0]["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, states[1]["optimizer"]["state"][index][name]), (index, name)
+
+
+def _science(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+@pytest.mark.parametrize("stop_after", [3, 8, 10], ids=["mid-epoch", "end of an epoch", "mid-epoch again"])
+def test_stopped_and_resumed_equals_uninterrupted(
+    packed: Path, cache_dir: Path, tmp_path: Path, stop_after: int
+) -> None:
+    whole, parted = (tiny(packed, cache_dir, tmp_path / kind, CHANGES) for kind in ("whole", "parted"))
+    one, two = Record(), Record()
+    train(whole, local(whole, one))
+    steps = iter(range(1, 100))
+    with pytest.raises(Stopped):
+        train(parted, local(parted, two, should_stop=lambda: next(steps) >= stop_after))
+    train(parted, local(parted, two))
+    assert _science(one.rows) == _science(two.rows)
+    _assert_equal(newest(run_folder(whole)), newest(run_folder(parted)))
+
+
+def test_two_epochs_killed_and_two_more_equal_four(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    whole, killed = (tiny(packed, cache_dir, tmp_path / kind, CHANGES) for kind in ("whole", "killed"))
+    train(whole, local(whole))
+    write_yaml(tmp_path / "killed.yaml", flatten(killed))
+    command = [sys.executable, "-m", "meamtm.cli", "train", str(tmp_path / "killed.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    folder, deadline = run_folder(killed), time.monotonic() + 60
+    while not (folder / "epoch-00002").exists():
+        assert process.poll() is None, "it ended before its second epoch"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert newest(folder).name != "epoch-00004", "it was killed too late to show anything"
+    train(killed, local(killed))
+    _assert_equal(newest(run_folder(whole)), newest(folder))

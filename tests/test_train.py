@@ -1,0 +1,132 @@
+"""The training loop: it learns, ends, says that it is done, stops when asked and refuses what cannot work."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import PLAIN, Record, local, tiny
+
+from meamtm.config import override
+from meamtm.data.cache import open_clips
+from meamtm.data.pack import pack
+from meamtm.data.synth import write_synth
+from meamtm.errors import CheckpointError, MeamtmError
+from meamtm.training.checkpoint import load_model, newest
+from meamtm.training.context import Stopped
+from meamtm.training.evaluate import evaluate
+from meamtm.training.run import run_folder, run_here
+from meamtm.training.train import train
+
+GOLDEN = Path(__file__).parent / "golden" / "losses.txt"
+
+
+def test_losses_equal_the_golden_ones(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """A refactoring leaves them alone; a commit that changes them says why. The last digits are the processor's."""
+    record = Record()
+    config = tiny(packed, cache_dir, tmp_path, {"data.valid_fold": 2, "train.epochs": 6})
+    train(config, local(config, record))
+    losses = [f"{a:.4f} {b:.4f}" for a, b in zip(record.column("train/loss"), record.column("valid/loss"), strict=True)]
+    expected = [line for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
+    for found, wanted in zip(losses, expected, strict=True):
+        assert [float(x) for x in found.split()] == pytest.approx([float(x) for x in wanted.split()], abs=2e-3), losses
+
+
+def test_training_lowers_the_loss_and_beats_chance(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    record = Record()
+    changes = {**PLAIN, "train.epochs": 25, "data.valid_fold": 2, "optim.lr": 1e-2, "train.checkpoint_s": 60}
+    config = tiny(packed, cache_dir, tmp_path, changes)
+    metrics = train(config, local(config, record))
+    assert record.column("train/loss")[-1] < 0.75 * record.column("train/loss")[0]
+    assert metrics["valid/accuracy"] > 0.2, record.column("valid/accuracy")
+
+
+def test_a_finished_run_trains_no_more(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = tiny(packed, cache_dir, tmp_path)
+    first, second = Record(), Record()
+    metrics = train(config, local(config, first))
+    assert train(config, local(config, second)) == metrics
+    assert len(first.rows) == 4
+    assert second.rows == []
+
+
+def test_asked_to_stop_it_saves_the_step_and_the_next_start_goes_on_from_it(
+    packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    config = tiny(packed, cache_dir, tmp_path)
+    steps = iter(range(100))
+    with pytest.raises(Stopped, match="stopped after 1 epochs and 2 batches; the same command continues"):
+        train(config, local(config, should_stop=lambda: next(steps) >= 5))
+    assert newest(run_folder(config)).name == "epoch-00001-batch-000002"
+    record = Record()
+    train(config, local(config, record))
+    assert record.column("epoch") == [2, 3, 4]
+
+
+def test_a_loss_that_is_not_finite_names_its_step(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = tiny(
+        packed,
+        cache_dir,
+        tmp_path,
+        {
+            "optim.name": "sgd",
+            "optim.lr": 10,
+            "optim.clip_grad": 0,
+            "optim.schedule": "constant",
+            "optim.warmup": 0,
+            "train.epochs": 60,
+        },
+    )
+    with pytest.raises(MeamtmError, match=r"train/loss is (nan|inf) at step \d of epoch \d+; lower optim.lr \(10\)"):
+        train(
+            override(config, {"encoder.stem": "patch", "encoder.patch": [8, 8], "encoder.stride": [8, 8]}),
+            local(config),
+        )
+
+
+def test_another_data_set_of_the_same_name_is_not_continued(cache_dir: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_synth(tmp_path / f"raw{seed}", clips_per_class=5, clip_s=0.5, sample_rate_hz=8_000, seed=seed)
+        pack(tmp_path / f"raw{seed}", tmp_path / str(seed) / "set")
+    first, second = (tiny(tmp_path / str(seed) / "set", cache_dir, tmp_path / "runs") for seed in (0, 1))
+    assert run_folder(first) == run_folder(second)
+    train(first, local(first))
+    with pytest.raises(CheckpointError, match=r"was trained on other data than .*set another name, or remove"):
+        train(second, local(second))
+
+
+def test_normalised_training_clips_have_mean_0_and_deviation_1(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = tiny(packed, cache_dir, tmp_path, {"train.epochs": 1})
+    train(config, local(config))
+    saved = load_model(newest(run_folder(config)))
+    clips = open_clips(config.data, 8_000)
+    waveforms = torch.stack(
+        [torch.from_numpy(clips.waveform(i).copy()) for i in range(len(clips)) if clips.folds[i] != 1]
+    )
+    normal = saved.model.mel(waveforms.float() / 32_768)
+    assert normal.mean().item() == pytest.approx(0, abs=1e-3)
+    assert normal.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_run_leaves_its_record_and_a_second_one_only_reads_it(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = tiny(packed, cache_dir, tmp_path)
+    outcome = run_here(config)
+    names = {path.name for path in outcome.folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "curves.png", "test", "epoch-00003", "epoch-00004"} == names
+    assert {path.name for path in (outcome.folder / "test").iterdir()} == {
+        "metrics.json",
+        "confusion.png",
+        "per_class.csv",
+    }
+    written = (outcome.folder / "metrics.jsonl").stat().st_mtime_ns
+    again = run_here(config)
+    assert (outcome.folder / "metrics.jsonl").stat().st_mtime_ns == written
+    assert again.evaluation.metrics == outcome.evaluation.metrics == evaluate(outcome.checkpoint).metrics
+
+
+def test_the_test_fold_is_what_its_clips_say(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = tiny(packed, cache_dir, tmp_path, {"train.epochs": 1})
+    evaluation = run_here(config).evaluation
+    clips = open_clips(config.data, 8_000)
+    assert set(evaluation.clip_ids) == {clips.ids[i] for i in range(len(clips)) if clips.folds[i] == 1}
+    assert evaluation.confusion.sum() == len(evaluation.clip_ids)
+    assert evaluate(run_folder(config), fold=3).fold == 3
