@@ -159,7 +159,7 @@ def test_parquet_follows_the_documented_schema(packed: Path) -> None:
     ]
     assert str(file.schema_arrow.field("audio").type) == "struct<bytes: binary, path: string>"
     assert [str(file.schema_arrow.field(name).type) for name in ("label", "fold", "num_samples")] == [
-        "int32",
+        "int64",
         "int16",
         "int64",
     ]
