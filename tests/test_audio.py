@@ -21,13 +21,13 @@ def encoded(samples: np.ndarray, rate_hz: int, kind: str, subtype: str | None = 
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
-@pytest.mark.parametrize("num_channels", [1, 2, 6])
+FORMATS = [(kind, num_channels) for kind in ("wav", "flac", "ogg", "mp3") for num_channels in (1, 2, 6)]
+
+
+@pytest.mark.parametrize(("kind", "num_channels"), [each for each in FORMATS if each != ("mp3", 6)])  # MP3 has two
 def test_every_format_and_channel_count_becomes_the_same_mono_sound(
     tmp_path: Path, kind: str, num_channels: int
 ) -> None:
-    if kind == "mp3" and num_channels > 2:
-        pytest.skip("MP3 has two channels at most")
     path = tmp_path / f"tone.{kind}"
     soundfile.write(path, np.repeat(tone(16_000, 16_000)[:, None], num_channels, axis=1), 16_000)
     waveform, rate_hz = read_audio(path)

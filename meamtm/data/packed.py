@@ -4,9 +4,11 @@ docs/data-format.md describes the files. Only the footer and the columns asked f
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
@@ -79,21 +81,23 @@ class Packed:
 
     def table(self) -> pa.Table:
         """Every column but the sound itself, one row per clip, with its row group."""
-        tables = []
-        for number, (shard, group) in enumerate(self._groups):
-            table = self._read(shard, group, [name for name in self._open(shard).schema_arrow.names if name != "audio"])
-            tables.append(table.append_column("row_group", pa.repeat(pa.scalar(number, pa.int32()), len(table))))
-        return pa.concat_tables(tables).combine_chunks()
+        tables, lengths = [], []
+        for shard in self.card.shards:
+            file = self._open(shard)
+            tables.append(self._read(shard, range(file.num_row_groups), set(file.schema_arrow.names) - {"audio"}))
+            lengths += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        row_groups = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # (clip,)
+        return pa.concat_tables(tables).append_column("row_group", pa.array(row_groups)).combine_chunks()
 
     def sounds(self, row_group: int) -> list[bytes]:
         """The encoded sounds of one row group."""
         shard, group = self._groups[row_group]
-        audio = self._read(shard, group, ["audio"]).column("audio").combine_chunks()
+        audio = self._read(shard, [group], {"audio"}).column("audio").combine_chunks()
         return audio.field("bytes").to_pylist()
 
-    def _read(self, shard: str, group: int, columns: list[str]) -> pa.Table:
+    def _read(self, shard: str, row_groups: Sequence[int], columns: set[str]) -> pa.Table:
         try:
-            return self._open(shard).read_row_group(group, columns=columns, use_threads=False)
+            return self._open(shard).read_row_groups(row_groups, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise self._damaged(shard, error) from error
 
@@ -104,7 +108,8 @@ class Packed:
             raise self._damaged(shard, error) from error
 
     def _damaged(self, shard: str, error: Exception) -> DataError:
-        return DataError(f"data.path={self.path}: {shard} is missing or damaged ({error}); pack the data set again")
+        reason = str(error).splitlines()[0]
+        return DataError(f"data.path={self.path}: {shard} is missing or damaged ({reason}); pack the data set again")
 
 
 def _filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
