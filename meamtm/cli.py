@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from meamtm.errors import MeamtmError
@@ -45,9 +45,6 @@ def main() -> None:
     except MeamtmError as error:
         typer.echo(f"meamtm: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt as error:
-        typer.echo(f"meamtm: {error or 'interrupted'}", err=True)
-        sys.exit(1)
 
 
 @app.command()
@@ -119,8 +116,8 @@ def train(
     if resume and not any(folder.glob("epoch-*")):
         raise MeamtmError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out to begin")
     is_done = finished(settings) is not None
-    with _stop_on_signal() as should_stop, _epochs(settings, "done" if is_done else "training") as bar:
-        outcome = run(settings, (bar,), should_stop)
+    with _stop_on_signal() as should_stop, _bar() as progress:
+        outcome = run(settings, (_EpochBar(progress, settings.train.epochs),), should_stop)
     if is_done:
         typer.echo("this run is done; nothing was trained. Change a setting or `name` for another one.")
     if outcome.evaluation is not None:
@@ -193,8 +190,8 @@ def embed(
 
 def _check_folder(out: Path | None) -> None:
     """Finds out before the work, not after it, that its result has no place to go."""
-    if out is not None and not out.absolute().parent.is_dir():
-        raise MeamtmError(f"--out={out}: there is no folder {out.parent}; make it, or name another file")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise MeamtmError(f"--out={out}: cannot be written; name a file in a folder that exists")
 
 
 def _hear(answers: "Iterator[Answer]", num_files: int) -> "list[Answer]":
@@ -225,12 +222,9 @@ def _num_labels(config: "RunConfig") -> int:
 
 
 def _print_evaluation(evaluation: "Evaluation") -> None:
-    metrics = evaluation.metrics
     where = "all clips" if evaluation.fold is None else f"fold {evaluation.fold}"
-    typer.echo(
-        f"test on {where}: {len(evaluation.clip_ids)} clips, "
-        + ", ".join(f"{key.removeprefix('test/')} {value:.4f}" for key, value in metrics.items())
-    )
+    figures = (f"{key.removeprefix('test/')} {value:.4f}" for key, value in evaluation.metrics.items())
+    typer.echo(f"test on {where}: {len(evaluation.clip_ids)} clips, {', '.join(figures)}")
     if evaluation.confusion is None:
         return
     from meamtm.tracking import per_class
@@ -251,18 +245,21 @@ def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class _EpochBar:
-    """A sink that moves a progress bar."""
+    """A sink that moves a progress bar or, where nobody watches one, writes a line per epoch."""
 
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, num_epochs: int) -> None:
+        self._progress, self._task = progress, progress.add_task("training", total=num_epochs)
 
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
         """Has nothing to prepare."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Shows the newest figures."""
-        shown = [f"{key} {metrics[key]:.3f}" for key in ("train/loss", "valid/accuracy", "valid/map") if key in metrics]
-        self._progress.update(self._task, completed=step, description="  ".join(shown) or None)
+        keys = [key for key in ("train/loss", "valid/accuracy", "valid/map") if key in metrics]
+        shown = "  ".join(f"{key} {metrics[key]:.3f}" for key in keys)
+        self._progress.update(self._task, completed=step, description=shown or None)
+        if self._progress.disable and shown:
+            typer.echo(f"epoch {step}  {shown}", err=True)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Shows no files."""
@@ -271,21 +268,11 @@ class _EpochBar:
         """Ends with its bar."""
 
 
-@contextmanager
-def _epochs(config: "RunConfig", what: str) -> Iterator[_EpochBar]:
-    with _bar() as progress:
-        yield _EpochBar(progress, progress.add_task(what, total=config.train.epochs))
-
-
 def _bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)  # an error is then the only line there
+    """Makes a bar that leaves nothing behind, so that an error is the only line on the screen and in a log."""
+    screen = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
 
 
 @contextmanager
@@ -300,6 +287,9 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked.is_set
+    except KeyboardInterrupt as stop:  # typer would leave without a word
+        typer.echo(f"meamtm: {str(stop) or 'stopped at once'}", err=True)
+        raise typer.Exit(1) from stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
