@@ -57,17 +57,15 @@ def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = 
             f"{config.data.path} has {len(clips.classes)}, {list(clips.classes)[:4]}...; "
             f"evaluate on data with the same ones"
         )
-    if fold is None and clips.digest != saved.labels.digest:
-        indices = np.arange(len(clips))
-    else:
-        indices = split_clips(clips, config.data).test
+    is_foreign = fold is None and clips.digest != saved.labels.digest
+    indices = np.arange(len(clips)) if is_foreign else split_clips(clips, config.data).test
     if len(indices) == 0:
         raise DataError(f"data.test_fold={config.data.test_fold}: no clip to test on; name a fold with --fold")
     model = saved.model.to(choose_device(config.scale))
     probability, target = classify(model, config, clips, indices)
     return Evaluation(
         checkpoint=saved.folder,
-        fold=config.data.test_fold,
+        fold=None if is_foreign else config.data.test_fold,
         classes=clips.classes,
         metrics={
             f"test/{key}": value for key, value in scores(probability, target, multi_label=clips.multi_label).items()
