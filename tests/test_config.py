@@ -1,0 +1,435 @@
+"""Settings: one dotted key per knob, checked as a whole, signed by what can change a result."""
+
+import ast
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import meamtm.config.schema
+from jobs.spec import load_job
+from meamtm.config import (
+    RunConfig,
+    describe,
+    differences,
+    flatten,
+    from_flat,
+    known_keys,
+    load,
+    override,
+    parse_changes,
+    run_name,
+    signature,
+    write_yaml,
+)
+from meamtm.errors import ConfigError
+from tune.plan import load_plan
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden" / "signature.txt"
+
+fractions = st.floats(0, 0.9)
+valid_changes = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True),
+        "data.path": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12),
+        "data.clip_s": st.floats(1, 600),
+        "data.test_fold": st.none() | st.integers(0, 3),
+        "data.valid_fold": st.none() | st.integers(4, 9),
+        "mel.sample_rate_hz": st.integers(8_000, 192_000),
+        "mel.num_bands": st.integers(64, 512),
+        "mel.window_ms": st.floats(20, 1_000),
+        "mel.hop_ms": st.floats(1, 15),
+        "mel.fmax_hz": st.none() | st.floats(100, 4_000),
+        "mel.kind": st.sampled_from(["slaney", "htk"]),
+        "encoder.stem": st.sampled_from(["conv", "patch"]),
+        "encoder.stem_channels": st.lists(st.integers(8, 4_096), min_size=1, max_size=5),
+        "encoder.patch": st.tuples(st.integers(16, 64), st.integers(16, 64)).map(list),
+        "encoder.stride": st.tuples(st.integers(1, 16), st.integers(1, 16)).map(list),
+        "encoder.heads": st.integers(1, 64),
+        "encoder.pool": st.sampled_from(["mean", "cls", "attention"]),
+        "augment.noise_db": st.none() | st.floats(0, 80),
+        "augment.time_mask": fractions,
+        "mix.alpha": st.floats(0.01, 20),
+        "optim.lr": st.floats(1e-9, 10),
+        "optim.warmup": fractions,
+        "train.seed": st.integers(0, 2**31 - 1),
+        "scale.address": st.none() | st.text(st.characters(codec="utf-8"), max_size=12),
+        "tracking.mlflow": st.booleans(),
+    },
+)
+
+ANOTHER: dict[str, Any] = {
+    "name": "other",
+    "runs_dir": "elsewhere",
+    "data.path": "data/esc10",
+    "data.clip_s": 4.0,
+    "data.test_fold": 3,
+    "data.valid_fold": 2,
+    "data.cache": "none",
+    "data.cache_dir": "elsewhere",
+    "mel.sample_rate_hz": 22_050,
+    "mel.num_bands": 65,
+    "mel.window_ms": 30.0,
+    "mel.hop_ms": 10.0,
+    "mel.fmin_hz": 50.0,
+    "mel.fmax_hz": 7_000.0,
+    "mel.kind": "htk",
+    "mel.backend": "conv",
+    "encoder.stem": "patch",
+    "encoder.stem_channels": [32, 64],
+    "encoder.patch": [16, 17],
+    "encoder.stride": [8, 16],
+    "encoder.heads": 3,
+    "encoder.head_dim": 32,
+    "encoder.depth": 3,
+    "encoder.mlp_ratio": 4.0,
+    "encoder.pool": "cls",
+    "encoder.dropout": 0.1,
+    "encoder.drop_path": 0.2,
+    "encoder.patchout": 0.3,
+    "augment.roll": 0.5,
+    "augment.gain_db": 3.0,
+    "augment.speed": 0.1,
+    "augment.noise_db": 10.0,
+    "augment.time_mask": 0.2,
+    "augment.freq_mask": 0.2,
+    "mix.kind": "mixup",
+    "mix.prob": 0.5,
+    "mix.alpha": 0.4,
+    "loss.label_smoothing": 0.0,
+    "optim.name": "sgd",
+    "optim.lr": 3e-4,
+    "optim.weight_decay": 0.0,
+    "optim.schedule": "step",
+    "optim.warmup": 0.1,
+    "optim.final_ratio": 0.1,
+    "optim.step_epochs": 3,
+    "optim.step_gamma": 0.1,
+    "optim.clip_grad": 0.0,
+    "train.epochs": 7,
+    "train.batch_size": 16,
+    "train.seed": 1,
+    "train.ema_decay": 0.0,
+    "train.precision": "bf16",
+    "train.checkpoint_s": 0.0,
+    "scale.workers": 2,
+    "scale.device": "cpu",
+    "scale.cpus_per_worker": 2.0,
+    "scale.gpus_per_worker": 0.5,
+    "scale.max_failures": 0,
+    "scale.threads": 1,
+    "scale.address": "auto",
+    "tracking.mlflow": False,
+    "tracking.uri": "http://127.0.0.1:5000",
+    "tracking.experiment": "other",
+}
+"""A valid value for each key that is not its default."""
+
+SAME_RUN = {"name", "runs_dir", "data.cache", "data.cache_dir", "train.checkpoint_s"}
+"""Keys that cannot change a result, besides all of scale and tracking."""
+
+REFUSED = [
+    (
+        {"mel.fmax_hz": 9_000},
+        "mel.fmax_hz=9000 exceeds Nyquist (8000 Hz); lower it or raise mel.sample_rate_hz",
+    ),
+    (
+        {"mel.fmin_hz": 500, "mel.fmax_hz": 400},
+        "mel.fmin_hz=500 is not below the highest band's edge (400 Hz); lower it",
+    ),
+    (
+        {"mel.window_ms": 3, "mel.hop_ms": 1},
+        "mel.window_ms=3 is 48 samples at 16000 Hz, fewer than 64; lengthen it",
+    ),
+    (
+        {"mel.hop_ms": 0.03},
+        "mel.hop_ms=0.03 is less than one sample at 16000 Hz; lengthen it",
+    ),
+    (
+        {"mel.hop_ms": 40},
+        "mel.hop_ms=40 exceeds mel.window_ms=32, so samples would go unheard; shorten the hop",
+    ),
+    (
+        {"encoder.width": 192, "encoder.heads": 4, "encoder.head_dim": 64},
+        "encoder.width=192 is not encoder.heads x encoder.head_dim (4 x 64 = 256); "
+        "leave encoder.width out and set those two",
+    ),
+    (
+        {"encoder.stride": [16, 17]},
+        "encoder.stride=[16, 17] must lie in 1..patch ([16, 16]) along frames; a larger stride skips frames",
+    ),
+    (
+        {"encoder.stem_channels": [4, 64]},
+        "encoder.stem_channels=[4, 64] must each lie in 8..4096; correct those outside",
+    ),
+    (
+        {"data.clip_s": 0.03},
+        "data.clip_s=0.03 is shorter than one window (mel.window_ms=32); lengthen the clip",
+    ),
+    (
+        {"data.valid_fold": 1},
+        "data.valid_fold=1 is data.test_fold too, so choices would be made on the test; take another fold",
+    ),
+    (
+        {"data.clip_s": 0.2},
+        "encoder.stem_channels needs at least 16 bands x 16 frames, and a clip gives 64 x 11; "
+        "raise mel.num_bands or data.clip_s, or shrink encoder.stem_channels",
+    ),
+    (
+        {"encoder.stem": "patch", "mel.num_bands": 8},
+        "encoder.patch needs at least 16 bands x 16 frames, and a clip gives 8 x 251; "
+        "raise mel.num_bands or data.clip_s, or shrink encoder.patch",
+    ),
+]
+
+
+@given(valid_changes)
+@settings(max_examples=200, deadline=None)
+def test_from_flat_undoes_flatten(changes: dict[str, Any]) -> None:
+    config = from_flat(changes)
+    assert from_flat(flatten(config)) == config
+    assert {key: flatten(config)[key] for key in changes} == changes
+    assert override(RunConfig(), differences(config)) == config
+
+
+@given(valid_changes)
+@settings(max_examples=30, deadline=None)
+def test_a_file_of_differences_gives_the_config_back(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.mktemp("yaml") / "run.yaml"
+    write_yaml(path, differences(from_flat(changes)), header="meamtm train run.yaml\nfast")
+    assert load(path) == from_flat(changes)
+    assert path.read_text().startswith("# meamtm train run.yaml\n# fast\n")
+    assert [file.name for file in path.parent.iterdir()] == ["run.yaml"]
+
+
+@given(valid_changes)
+@settings(max_examples=50, deadline=None)
+def test_a_yaml_word_on_the_command_line_is_a_change(changes: dict[str, Any]) -> None:
+    words = [f"{key}={yaml.safe_dump(value, default_flow_style=True, width=9_999)}" for key, value in changes.items()]
+    assert parse_changes(words) == changes
+
+
+def test_keys_are_written_nested_or_dotted(tmp_path: Path) -> None:
+    for text in ("mel: {hop_ms: 16}", "mel.hop_ms: 16", "mel:\n  hop_ms: 1.6e+1"):
+        (tmp_path / "run.yaml").write_text(text)
+        assert differences(load(tmp_path / "run.yaml")) == {"mel.hop_ms": 16.0}
+
+
+def test_a_change_of_one_key_leaves_its_section_alone(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("mel: {num_bands: 32, hop_ms: 10}")
+    expected = {"mel.num_bands": 40, "mel.hop_ms": 10.0}
+    assert differences(load(tmp_path / "run.yaml", {"mel.num_bands": 40})) == expected
+    assert differences(load(tmp_path / "run.yaml", {"mel": {"num_bands": 40}})) == expected
+    assert differences(override(load(tmp_path / "run.yaml"), {"mel": {"num_bands": 40}})) == expected
+
+
+def test_checks_see_all_changes_at_once() -> None:
+    low = override(RunConfig(), {"mel.fmax_hz": 4_000, "mel.sample_rate_hz": 8_000})
+    both = {"mel.sample_rate_hz": 48_000, "mel.fmax_hz": 20_000}
+    for order in (both, dict(reversed(both.items()))):
+        assert override(low, order).mel.fmax_hz == 20_000
+    with pytest.raises(ConfigError, match=r"mel\.fmax_hz=20000 exceeds Nyquist \(4000 Hz\)"):
+        override(low, {"mel.fmax_hz": 20_000})
+
+
+def test_width_is_accepted_where_it_agrees_and_never_stored() -> None:
+    config = override(RunConfig(), {"encoder.width": 96, "encoder.heads": 3, "encoder.head_dim": 32})
+    assert config.encoder.width == 96
+    assert "encoder.width" not in flatten(config)
+
+
+def test_configs_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().mel.num_bands = 3  # type: ignore[misc]
+
+
+def test_milliseconds_become_samples() -> None:
+    mel = override(RunConfig(), {"mel.sample_rate_hz": 44_100, "mel.window_ms": 25, "mel.hop_ms": 10}).mel
+    assert (mel.window_samples, mel.hop_samples, mel.num_fft, mel.top_hz) == (1102, 441, 2048, 22_050)
+    assert override(RunConfig(), {"mel.fmax_hz": 7_000}).mel.top_hz == 7_000
+    assert (RunConfig().clip_samples, RunConfig().num_frames) == (80_000, 251)
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[message.split("=")[0] for _, message in REFUSED])
+def test_values_that_do_not_fit_together_are_refused(changes: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        from_flat(changes)
+
+
+def test_every_message_of_the_schema_is_pinned_above() -> None:
+    tree = ast.parse(Path(meamtm.config.schema.__file__).read_text())
+    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+    patterns = [_pattern(error.args[0]) for error in raised if isinstance(error, ast.Call)]
+    assert len(patterns) == len(raised) >= 11
+    pinned = [message for _, message in REFUSED]
+    assert [pattern for pattern in patterns if not any(re.fullmatch(pattern, message) for message in pinned)] == []
+
+
+def _pattern(message: ast.expr) -> str:
+    """An f-string as a regular expression in which any value may stand."""
+    assert isinstance(message, ast.JoinedStr)
+    return "".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".*" for part in message.values)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optim.lrr", 3e-4, "optim.lrr=0.0003: no such key; did you mean optim.lr?"),
+        ("mel.n_bands", 3, "mel.n_bands=3: no such key; did you mean mel.num_bands?"),
+        ("qqqqqqqq", 1, "qqqqqqqq=1: no such key; see `meamtm show`"),
+        (
+            "train.epochs",
+            "many",
+            "train.epochs='many': input should be a valid integer, unable to parse string as an integer; "
+            "train.epochs is: passes over the training clips (default 100)",
+        ),
+        ("train.epochs", 2.5, "train.epochs=2.5: input should be a valid integer, got a number with a fractional part"),
+        (
+            "optim.lr",
+            -1,
+            "optim.lr=-1: input should be greater than 0; optim.lr is: peak learning rate (default 0.001)",
+        ),
+        ("optim.lr", float("nan"), "optim.lr=nan: input should be a finite number; optim.lr is: peak learning rate"),
+        (
+            "encoder.pool",
+            "max",
+            "encoder.pool='max': input should be 'mean', 'cls' or 'attention'; "
+            "encoder.pool is: how tokens become one vector (default 'mean')",
+        ),
+        ("encoder.patch", [16, "x"], "encoder.patch.1='x': input should be a valid integer"),
+        ("tracking.mlflow", 3, "tracking.mlflow=3: input should be a valid boolean"),
+        ("name", "a/b", "name='a/b': string should match pattern"),
+        ("name", True, "name=True: input should be a valid string"),
+        ("mel", 3, "mel=3: input should be a valid dictionary"),
+        ("mel", None, "mel=None: input should be a valid dictionary"),
+    ],
+)
+def test_a_bad_key_or_value_is_named_with_rule_and_remedy(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        from_flat({key: value})
+
+
+def test_three_mistakes_are_told_at_once_and_a_fourth_is_not() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_flat({"train.epochs": 0, "train.seed": -1, "optim.lr": 0, "optim.warmup": 2})
+    assert str(caught.value).count("input should be") == 3
+
+
+def test_a_key_is_a_value_or_a_section() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^optim\.lr\.peak=1: optim has a value and keys below it; keep one of them$"
+    ):
+        from_flat({"optim": 2, "optim.lr.peak": 1})
+
+
+def test_numbers_are_good_names() -> None:
+    assert from_flat({"name": 2024}).name == "2024"
+    assert from_flat({"optim.lr": "3e-4"}).optim.lr == 3e-4  # to YAML, 3e-4 without a point is a word
+
+
+def test_the_default_run_has_its_golden_signature() -> None:
+    """A commit that changes the golden file says which default it changed, and why."""
+    assert signature(RunConfig()) == GOLDEN.read_text().strip()
+    assert run_name(RunConfig()) == f"run-{GOLDEN.read_text().strip()}"
+
+
+def test_another_value_is_known_for_every_key() -> None:
+    assert set(ANOTHER) == set(known_keys(RunConfig)) == set(flatten(RunConfig()))
+
+
+@pytest.mark.parametrize("key", ANOTHER)
+def test_a_key_changes_the_signature_if_it_can_change_the_result(key: str) -> None:
+    changed = override(RunConfig(), {key: ANOTHER[key]})
+    assert differences(changed) == {key: ANOTHER[key]}
+    is_same_run = key in SAME_RUN or key.startswith(("scale.", "tracking."))
+    assert (signature(changed) == signature(RunConfig())) is is_same_run
+
+
+def test_where_a_data_set_lies_does_not_change_the_signature() -> None:
+    def signed(path: str) -> str:
+        return signature(override(RunConfig(), {"data.path": path}))
+
+    assert signed("data/esc10") == signed("/mnt/data/esc10/") == signed("s3://bucket/esc10")
+    assert signed("data/esc10") != signed("data/esc50")
+
+
+def test_every_key_says_what_it_means() -> None:
+    assert [key for key in known_keys(RunConfig) if not describe(RunConfig, key)] == []
+    assert describe(RunConfig, "optim.nothing") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mel: [1, 2\nx: 1", r"run\.yaml line 2: not valid YAML \(.*\); correct it"),
+        ("- 1\n- 2", r"run\.yaml: holds a list, not keys and values; write KEY: VALUE lines"),
+        ("train", r"run\.yaml: holds a str, not keys and values; write KEY: VALUE lines"),
+        ("!!python/object/apply:os.getcwd []", r"run\.yaml line 1: not valid YAML \(could not determine a constructor"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "run.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file; name an existing YAML file, for example one of"):
+        load(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match=r"cannot be read as text \(.*Is a directory.*\); name a YAML file"):
+        load(tmp_path)
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"run\.yaml: cannot be read as text \(.*\); name a YAML file"):
+        load(tmp_path / "run.yaml")
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("# nothing differs\n")
+    assert load(tmp_path / "run.yaml") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optim.lr", r"^'optim\.lr' is not KEY=VALUE; write for example optim\.lr=3e-4$"),
+        ("=3", r"^'=3' is not KEY=VALUE"),
+        ("encoder.patch=[1", r"^encoder\.patch=\[1: not a YAML value; quote it or check its brackets$"),
+    ],
+)
+def test_a_word_that_is_no_change_is_refused(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_changes([word])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_shipped_run_is_valid_and_opens_with_its_command(path: Path) -> None:
+    assert differences(load(path))
+    assert path.read_text().startswith(f"# meamtm train configs/{path.name}")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "tune").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_shipped_study_is_valid_and_opens_with_its_command(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert load_plan(path).space.ranges
+    assert f"python -m tune configs/tune/{path.name}" in path.read_text().partition("\n")[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "jobs").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_shipped_job_is_valid_and_opens_with_its_command(path: Path) -> None:
+    assert load_job(path).kind in ("train", "tune", "pack")
+    assert path.read_text().startswith(f"# python -m jobs submit configs/jobs/{path.name}")
+
+
+def test_the_configs_were_found() -> None:
+    assert (ROOT / "configs" / "esc10.yaml").is_file()
+    assert (ROOT / "configs" / "tune" / "smoke.yaml").is_file()
+    assert (ROOT / "configs" / "jobs" / "train.yaml").is_file()
