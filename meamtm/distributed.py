@@ -146,8 +146,8 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ServiceError(
-            f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a cluster with "
-            f"`ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
+            f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a "
+            f"cluster with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
         ) from error
 
 
@@ -159,10 +159,10 @@ def check_resources(scale: ScaleConfig) -> None:
     there = ray.cluster_resources()
     for kind, per_worker in wanted.items():
         if scale.workers * per_worker > there.get(kind, 0):
-            key = f"scale.{kind.lower()}s_per_worker"
+            key, needed = f"scale.{kind.lower()}s_per_worker", scale.workers * per_worker
             raise ConfigError(
-                f"scale.workers={scale.workers} x {key}={per_worker:g} needs {scale.workers * per_worker:g} {kind}, and "
-                f"the cluster has {there.get(kind, 0):g}; lower one of them"
+                f"scale.workers={scale.workers} x {key}={per_worker:g} needs {needed:g} {kind}, and the "
+                f"cluster has {there.get(kind, 0):g}; lower one of them"
             )
 
 

@@ -1,10 +1,7 @@
 """Training clips -> changed training clips: waveforms are shifted, sped up, made louder, noisier and mixed;
 spectrograms are masked. Every draw comes from the generator that is passed in."""
 
-import math
-
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -36,7 +33,8 @@ def mix(waveform: Waveform, target: Target, config: MixConfig, generator: torch.
     share = _beta(len(waveform), config.alpha, generator).to(waveform.device)
     weight, other_weight = share, 1 - share
     if config.kind == "between_class":
-        weight, other_weight = _loudness_weights(waveform, other, share)
+        loudness = torch.linalg.vector_norm(waveform, dim=1).clamp_min(1e-6)
+        weight, other_weight = _loudness_weights(loudness, loudness.roll(shift), share)
     mixed = torch.addcmul(waveform * weight[:, None], other, other_weight[:, None])
     return mixed, share[:, None] * target + (1 - share)[:, None] * other_target
 
@@ -54,31 +52,27 @@ def spectrogram_mask(
 
 
 def _roll_and_speed(waveform: Waveform, config: AugmentConfig, generator: torch.Generator) -> Waveform:
-    """Shifts each clip circularly and plays it faster or slower; what is then too long is cut, too short is wrapped."""
+    """Shifts each clip circularly and plays it faster or slower, round and round until the output is full."""
     num_clips, num_samples = waveform.shape
     rolled = _uniform(num_clips, 0, 1, generator) < config.roll
     shifts = (torch.randint(0, num_samples, (num_clips,), generator=generator) * rolled).tolist()
     speeds = _uniform(num_clips, 1 - config.speed, 1 + config.speed, generator).tolist()
+    time = torch.arange(num_samples, dtype=torch.float64, device=waveform.device)
     out = torch.empty_like(waveform)
     for row, clip, shift, speed in zip(out, waveform, shifts, speeds, strict=True):
-        _play(clip, shift, speed if config.speed > 0 else 1.0, row)
+        rounds = torch.cat((clip[shift:], clip, clip[: shift + 1]))  # any start, and time for a speed up to 2
+        if config.speed > 0:
+            _interpolate(rounds, time * speed, row)
+        else:
+            row.copy_(rounds[:num_samples])
     return out
 
 
-def _play(clip: Float[Tensor, " time"], shift: int, speed: float, out: Float[Tensor, " time"]) -> None:
-    num_samples = len(clip)
-    length = min(num_samples, math.ceil(num_samples * speed))  # samples of the clip that fit into the output
-    if shift + length <= num_samples:
-        source = clip[shift : shift + length]
-    else:
-        source = torch.cat((clip[shift:], clip[: shift + length - num_samples]))
-    if speed != 1.0:
-        size = min(num_samples, round(length / speed))
-        source = F.interpolate(source[None, None], size=size, mode="linear")[0, 0]
-    filled = len(source)
-    out[:filled] = source
-    if filled < num_samples:  # played faster, the clip ends early and begins again
-        out[filled:] = source[: num_samples - filled]
+def _interpolate(samples: Float[Tensor, " time"], position: Tensor, out: Float[Tensor, " position"]) -> None:
+    """Reads between samples, linearly. On a CPU 3x faster than F.interpolate (0.3 ms for 5 s at 16 kHz)."""
+    before = position.long()
+    fraction = (position - before).float()
+    torch.lerp(samples.index_select(0, before), samples.index_select(0, before + 1), fraction, out=out)
 
 
 def _add_noise(waveform: Waveform, lowest_db: float, generator: torch.Generator) -> Waveform:
@@ -88,10 +82,9 @@ def _add_noise(waveform: Waveform, lowest_db: float, generator: torch.Generator)
     return torch.addcmul(waveform, noise, level[:, None])
 
 
-def _loudness_weights(first: Waveform, second: Waveform, share: Tensor) -> tuple[Tensor, Tensor]:
+def _loudness_weights(loudness: Tensor, other_loudness: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Weighs two clips so that they are heard in the shares `share` and 1 - share (Tokozume 2018, equation 2)."""
-    loudness, other = (torch.linalg.vector_norm(clips, dim=1).clamp_min(1e-6) for clips in (first, second))
-    part = 1 / (1 + loudness / other * (1 - share) / share.clamp_min(1e-6))
+    part = 1 / (1 + loudness / other_loudness * (1 - share) / share.clamp_min(1e-6))
     norm = torch.sqrt(part.square() + (1 - part).square())  # keeps the power of two unrelated sounds
     return part / norm, (1 - part) / norm
 

@@ -1,5 +1,6 @@
 """One batch forward and back, and the state that it moves."""
 
+import ctypes
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,18 @@ def make_learner(
         multi_label,
         steps_per_epoch,
     )
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one, instead of giving it back and faulting it in again.
+
+    Activations are tens of megabytes each, beyond what glibc keeps by itself. Measured on a virtual machine of two
+    cores: 1.25 s instead of 1.99 s for a forward and backward pass. Elsewhere than on glibc it does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is not given back
 
 
 def _keep_buffers() -> dict[str, Any]:

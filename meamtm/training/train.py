@@ -21,7 +21,7 @@ from meamtm.training.checkpoint import Labels, load_state, read_labels, read_rec
 from meamtm.training.context import Context, Stopped
 from meamtm.training.evaluate import classify
 from meamtm.training.metrics import scores
-from meamtm.training.step import Learner, make_learner, to_float, train_step
+from meamtm.training.step import Learner, keep_freed_memory, make_learner, to_float, train_step
 
 logger = logging.getLogger(__name__)
 NUM_MEASURED = 512
@@ -33,6 +33,7 @@ def train(config: RunConfig, context: Context) -> dict[str, float]:
 
     A finished run returns at once. Raises Stopped, after saving, when the context asks to stop.
     """
+    keep_freed_memory()
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     split = split_clips(clips, config.data)
     loader = Loader(
