@@ -158,8 +158,10 @@ REFUSED = [
     ),
     (
         {"encoder.width": 192, "encoder.heads": 4, "encoder.head_dim": 64},
-        "encoder.width=192 is not encoder.heads x encoder.head_dim (4 x 64 = 256); "
-        "leave encoder.width out and set those two",
+        (
+            "encoder.width=192 is not encoder.heads x encoder.head_dim (4 x 64 = 256); "
+            "leave encoder.width out and set those two"
+        ),
     ),
     (
         {"encoder.stride": [16, 17]},
@@ -179,13 +181,17 @@ REFUSED = [
     ),
     (
         {"data.clip_s": 0.2},
-        "encoder.stem_channels needs at least 16 bands x 16 frames, and a clip gives 64 x 11; "
-        "raise mel.num_bands or data.clip_s, or shrink encoder.stem_channels",
+        (
+            "encoder.stem_channels needs at least 16 bands x 16 frames, and a clip gives 64 x 11; "
+            "raise mel.num_bands or data.clip_s, or shrink encoder.stem_channels"
+        ),
     ),
     (
         {"encoder.stem": "patch", "mel.num_bands": 8},
-        "encoder.patch needs at least 16 bands x 16 frames, and a clip gives 8 x 251; "
-        "raise mel.num_bands or data.clip_s, or shrink encoder.patch",
+        (
+            "encoder.patch needs at least 16 bands x 16 frames, and a clip gives 8 x 251; "
+            "raise mel.num_bands or data.clip_s, or shrink encoder.patch"
+        ),
     ),
 ]
 
@@ -289,8 +295,10 @@ def _pattern(message: ast.expr) -> str:
         (
             "train.epochs",
             "many",
-            "train.epochs='many': input should be a valid integer, unable to parse string as an integer; "
-            "train.epochs is: passes over the training clips (default 100)",
+            (
+                "train.epochs='many': input should be a valid integer, unable to parse string as an integer; "
+                "train.epochs is: passes over the training clips (default 100)"
+            ),
         ),
         ("train.epochs", 2.5, "train.epochs=2.5: input should be a valid integer, got a number with a fractional part"),
         (
@@ -302,8 +310,10 @@ def _pattern(message: ast.expr) -> str:
         (
             "encoder.pool",
             "max",
-            "encoder.pool='max': input should be 'mean', 'cls' or 'attention'; "
-            "encoder.pool is: how tokens become one vector (default 'mean')",
+            (
+                "encoder.pool='max': input should be 'mean', 'cls' or 'attention'; "
+                "encoder.pool is: how tokens become one vector (default 'mean')"
+            ),
         ),
         ("encoder.patch", [16, "x"], "encoder.patch.1='x': input should be a valid integer"),
         ("tracking.mlflow", 3, "tracking.mlflow=3: input should be a valid boolean"),
