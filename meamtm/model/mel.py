@@ -4,6 +4,8 @@ The kernels are nnAudio's: its windowed Fourier kernels and its mel basis. `conv
 convolutions, what a GPU likes); `fft` takes the same window and basis through an FFT, which costs a CPU far less. Both
 give the same numbers. Power is taken without the square root in between, whose gradient is NaN on silence."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -78,17 +80,19 @@ def _nnaudio_kernels(config: MelConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Makes window (num_fft,), mel basis (band, bin) and Fourier kernels (2 x bin, 1, num_fft) with nnAudio."""
     from nnAudio.features import MelSpectrogram
 
-    layer = MelSpectrogram(
-        sr=config.sample_rate_hz,
-        n_fft=config.num_fft,
-        win_length=config.window_samples,
-        hop_length=config.hop_samples,
-        n_mels=config.num_bands,
-        fmin=config.fmin_hz,
-        fmax=config.top_hz,
-        htk=config.kind == "htk",
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Empty filters")  # an error below
+        layer = MelSpectrogram(
+            sr=config.sample_rate_hz,
+            n_fft=config.num_fft,
+            win_length=config.window_samples,
+            hop_length=config.hop_samples,
+            n_mels=config.num_bands,
+            fmin=config.fmin_hz,
+            fmax=config.top_hz,
+            htk=config.kind == "htk",
+            verbose=False,
+        )
     basis = layer.get_buffer("mel_basis").clone()
     empty = int((basis.amax(dim=1) <= 0).sum())
     if empty:
