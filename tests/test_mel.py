@@ -1,0 +1,185 @@
+"""The log-mel layer is nnAudio's, and holds on silence, on scraps, under autocast and under gain."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnAudio.features import MelSpectrogram
+from torch import Tensor
+
+from meamtm.config import MelConfig, from_flat
+from meamtm.data.audio import read_audio
+from meamtm.errors import ConfigError
+from meamtm.model.mel import LOG_FLOOR, MelLayer
+
+BACKENDS = ("conv", "fft")
+
+
+def layer(**changes: object) -> MelLayer:
+    return MelLayer(MelConfig.model_validate(changes))
+
+
+def noise(num_clips: int = 2, num_samples: int = 8_000, rms: float = 0.1) -> Tensor:
+    return rms * torch.randn(num_clips, num_samples, generator=torch.Generator().manual_seed(0))
+
+
+def sine(frequency_hz: float, num_samples: int = 8_000, sample_rate_hz: int = 16_000) -> Tensor:
+    return torch.sin(2 * torch.pi * frequency_hz * torch.arange(num_samples) / sample_rate_hz)[None]
+
+
+@pytest.fixture(scope="module")
+def recordings(esc10: Path) -> Tensor:
+    """One second out of ten real recordings, one of each kind."""
+    files = {path.stem.rpartition("-")[2]: path for path in sorted((esc10 / "audio").glob("*"))}
+    waveforms = [read_audio(path, 16_000)[0][:16_000] for path in files.values()]
+    return torch.from_numpy(np.stack(waveforms)).float() / 32_768
+
+
+@pytest.mark.parametrize("kind", ["slaney", "htk"])
+def test_it_gives_the_logarithm_of_nnaudios_own_layer(kind: str) -> None:
+    config = MelConfig.model_validate({"kind": kind, "backend": "conv", "fmax_hz": 7_000})
+    original = MelSpectrogram(
+        sr=16_000,
+        n_fft=512,
+        win_length=512,
+        hop_length=320,
+        n_mels=64,
+        fmin=40,
+        fmax=7_000,
+        htk=kind == "htk",
+        power=2.0,
+        verbose=False,
+    )
+    waveform = torch.cat((noise(), sine(440), sine(3_000) / 100))
+    expected = torch.log(original(waveform) + LOG_FLOOR)
+    torch.testing.assert_close(MelLayer(config).log_mel(waveform), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window_ms", [25, 32, 50])
+@pytest.mark.parametrize("kind", ["slaney", "htk"])
+def test_backends_agree_on_noise(kind: str, window_ms: float) -> None:
+    conv, fft = (layer(kind=kind, window_ms=window_ms, num_bands=40, backend=backend) for backend in BACKENDS)
+    torch.testing.assert_close(conv(noise()), fft(noise()), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["slaney", "htk"])
+def test_backends_agree_on_real_recordings(recordings: Tensor, kind: str) -> None:
+    conv, fft = (layer(kind=kind, backend=backend) for backend in BACKENDS)
+    assert recordings.shape == (10, 16_000)
+    torch.testing.assert_close(conv(recordings), fft(recordings), atol=1e-3, rtol=0)
+
+
+def test_auto_is_fft_on_a_cpu() -> None:
+    assert torch.equal(layer(backend="auto")(noise()), layer(backend="fft")(noise()))
+
+
+@given(gain_db=st.floats(-20, 20), seed=st.integers(0, 1_000))
+@settings(max_examples=30, deadline=None)
+def test_gain_shifts_the_log_mel_by_a_constant(gain_db: float, seed: int) -> None:
+    waveform = 0.1 * torch.randn(1, 4_000, generator=torch.Generator().manual_seed(seed))
+    quiet, loud = MEL.log_mel(waveform), MEL.log_mel(waveform * 10 ** (gain_db / 20))
+    heard = torch.minimum(quiet, loud) > np.log(1_000 * LOG_FLOOR)  # where the floor adds at most a thousandth
+    assert heard.any()
+    shift = (loud - quiet)[heard]
+    torch.testing.assert_close(shift, torch.full_like(shift, gain_db / 10 * np.log(10)), atol=2e-3, rtol=0)
+
+
+MEL = layer()
+
+
+def test_a_tone_is_loudest_in_its_band() -> None:
+    """Slaney's scale is linear below 1 kHz, at 200/3 Hz per mel, and logarithmic above."""
+    mel = layer(num_bands=32, fmin_hz=0, fmax_hz=8_000)
+    loudest = [int(mel(sine(frequency_hz)).mean(2).argmax()) for frequency_hz in (200, 500, 1_000, 2_000, 4_000, 7_000)]
+    top_mel = 15 + 27 * np.log(8) / np.log(6.4)
+    centre_hz = np.arange(1, 33) * top_mel / 33 * 200 / 3  # (band,): right below 1 kHz
+    assert loudest[:2] == [np.abs(centre_hz - 200).argmin(), np.abs(centre_hz - 500).argmin()]
+    assert loudest == sorted(set(loudest))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_silence_gives_finite_numbers_and_finite_gradients(backend: str) -> None:
+    waveform = torch.zeros(1, 4_000, requires_grad=True)
+    log_mel = layer(backend=backend)(waveform)
+    torch.testing.assert_close(log_mel, torch.full_like(log_mel, float(np.log(LOG_FLOOR))))
+    log_mel.sum().backward()
+    assert waveform.grad is not None
+    assert waveform.grad.isfinite().all()
+
+
+def test_noise_gives_gradients_that_are_not_zero() -> None:
+    waveform = noise().requires_grad_()
+    layer()(waveform).sum().backward()
+    assert waveform.grad is not None
+    assert waveform.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_samples", [1, 100, 255, 256, 257, 511, 512, 513])
+def test_what_is_shorter_than_a_window_is_padded_with_silence(backend: str, num_samples: int) -> None:
+    mel = layer(backend=backend)
+    scrap = noise(num_samples=num_samples)
+    padded = torch.nn.functional.pad(scrap, (0, max(0, 512 - num_samples)))
+    assert mel(scrap).shape == (2, 64, 1 + max(512, num_samples) // 320)
+    assert torch.equal(mel(scrap), mel(padded))
+
+
+@given(
+    clip_s=st.floats(0.05, 1.0),
+    window_ms=st.floats(10, 50),
+    hop_ms=st.floats(5, 10),
+    sample_rate_hz=st.sampled_from([8_000, 11_025, 16_000, 22_050]),
+)
+@settings(max_examples=25, deadline=None)
+def test_frames_are_as_many_as_the_config_says(
+    clip_s: float, window_ms: float, hop_ms: float, sample_rate_hz: int
+) -> None:
+    changes = {"window_ms": window_ms, "hop_ms": hop_ms, "sample_rate_hz": sample_rate_hz, "num_bands": 8}
+    config = from_flat(
+        {"data.clip_s": clip_s, "encoder.stem_channels": [8], **{f"mel.{key}": value for key, value in changes.items()}}
+    )
+    mel = MelLayer(config.mel)
+    assert mel(noise(1, config.clip_samples)).shape == (1, 8, config.num_frames)
+
+
+def test_autocast_leaves_it_in_float32() -> None:
+    mel = layer(backend="conv")
+    expected = mel(noise())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mel(noise())
+        assert torch.matmul(noise(), noise().T).dtype == torch.bfloat16  # so autocast is really on
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_only_mean_and_deviation_are_part_of_a_checkpoint() -> None:
+    assert set(layer().state_dict()) == {"mean", "std"}
+    assert [name for name, _ in layer().named_parameters()] == []
+
+
+def test_a_fitted_layer_gives_mean_0_and_deviation_1() -> None:
+    mel = layer()
+    log_mel = mel.log_mel(noise())
+    mel.fit(float(log_mel.mean()), float(log_mel.std()))
+    normalised = mel(noise())
+    assert abs(float(normalised.mean())) < 1e-4
+    assert float(normalised.std()) == pytest.approx(1, abs=1e-4)
+    mel.fit(0.0, 0.0)  # a set of pure silence
+    assert mel(torch.zeros(1, 1_000)).isfinite().all()
+
+
+def test_bands_that_would_stay_empty_are_refused() -> None:
+    message = (
+        r"^mel\.num_bands=256: \d+ bands lie between two of the 257 frequency bins and would stay empty; lower it, "
+    )
+    with pytest.raises(ConfigError, match=message):
+        layer(num_bands=256)
+    assert layer(num_bands=256, window_ms=250).basis.shape == (256, 2_049)
+
+
+def test_making_a_layer_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    layer()
+    assert capsys.readouterr() == ("", "")
