@@ -92,8 +92,8 @@ def _loudness_weights(loudness: Tensor, other_loudness: Tensor, share: Tensor) -
 def _interval(num_clips: int, length: int, widest: float, generator: torch.Generator) -> Bool[Tensor, "batch length"]:
     width = _uniform(num_clips, 0, widest * length, generator)
     start = _uniform(num_clips, 0, 1, generator) * (length - width)
-    position = torch.arange(length)
-    return (position >= start[:, None]) & (position < (start + width)[:, None])
+    centre = torch.arange(length) + 0.5  # of a cell; by its edge the first one would never be masked
+    return (centre >= start[:, None]) & (centre < (start + width)[:, None])
 
 
 def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Float[Tensor, " count"]:
@@ -104,6 +104,6 @@ def _beta(count: int, alpha: float, generator: torch.Generator) -> Float[Tensor,
     """Draws from Beta(alpha, alpha), as the share of one of two Gamma(alpha) draws."""
     if alpha == 1.0:
         return torch.rand(count, generator=generator)
-    draws = torch._standard_gamma(torch.full((2, count), alpha), generator=generator)  # type: ignore[reportPrivateImportUsage]
-    first, second = draws.clamp_min(1e-9)
-    return first / (first + second)
+    shape = torch.full((2, count), alpha, dtype=torch.float64)  # a small alpha draws numbers that float32 does not hold
+    first, second = torch._standard_gamma(shape, generator=generator)  # type: ignore[reportPrivateImportUsage]
+    return (first / (first + second)).float()
