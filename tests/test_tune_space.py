@@ -83,14 +83,10 @@ def test_the_study_has_one_identity_however_long_it_runs(path):
         "asha.reduction=2",
     ]
     assert {load_plan(path, [word]).signature for word in same} == {plan.signature}
-    other = [
-        "seed=1",
-        "train.epochs=6",
-        "mode=min",
-        "limits.max_params=9999999",
-        "space.optim.lr={log_uniform: [1e-4, 2e-2]}",
-    ]
-    assert len({load_plan(path, [word]).signature for word in other} | {plan.signature}) == 6
+    other = ["seed=1", "train.epochs=6", "mode=min", "limits.max_params=9999999", "start=[{optim.lr: 1e-3}]"]
+    changed = {load_plan(path, [word]).signature for word in other}
+    changed.add(load_changed(path, "space.optim.lr={log_uniform: [1e-4, 2e-2]}").signature)
+    assert len(changed | {plan.signature}) == 7
 
 
 def test_the_study_file_beside_the_results_is_the_same_study(path, tmp_path):
@@ -119,6 +115,21 @@ def test_words_of_a_run_change_the_base_and_words_of_a_study_the_study(path):
     assert (plan.config.trials, plan.base.train.epochs, plan.config.asha.grace_epochs) == (12, 7, 2)
     assert plan.base.encoder.heads == 2
     assert "encoder.heads" not in plan.space.ranges
+
+
+def load_changed(path, *words):
+    """Loads the study with some keys changed, those of its space in the file."""
+    tree = yaml.safe_load(path.read_text())
+    others = []
+    for word in words:
+        key, _, text = word.partition("=")
+        section, _, searched = key.partition(".")
+        if section == "space" and text != "null":
+            tree["space"][searched] = yaml.safe_load(text)
+        else:
+            others.append(word)
+    path.write_text(yaml.safe_dump(tree))
+    return load_plan(path, others)
 
 
 WRONG = [
@@ -171,7 +182,7 @@ WRONG = [
 @pytest.mark.parametrize(("word", "message"), WRONG)
 def test_a_wrong_study_gets_one_clear_line(path, word, message):
     with pytest.raises(ConfigError, match=message) as error:
-        load_plan(path, [word])
+        load_changed(path, word)
     assert "\n" not in str(error.value)
 
 
@@ -185,13 +196,11 @@ def test_a_study_without_a_space_is_refused(tmp_path):
 
 def test_a_corner_that_needs_other_values_beside_it_is_fine(path):
     """Eight bands are too few for the base run's stem of four stages, and enough for one of two."""
-    plan = load_plan(
+    plan = load_changed(
         path,
-        [
-            "encoder.stem=conv",
-            "space.encoder.stem=null",
-            "space.encoder.stem_channels={choice: [[8, 8], [8, 8, 8, 8]]}",
-            "space.mel.num_bands={choice: [8, 64]}",
-        ],
+        "encoder.stem=conv",
+        "space.encoder.stem=null",
+        "space.encoder.stem_channels={choice: [[8, 8], [8, 8, 8, 8]]}",
+        "space.mel.num_bands={choice: [8, 64]}",
     )
     assert plan.space.ranges["mel.num_bands"].corners() == (8, 64)

@@ -2,72 +2,72 @@
 
 import logging
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
-from meamtm.errors import MeamtmError
+from meamtm.errors import ConfigError, MeamtmError
 
-console = Console()
-errors = Console(stderr=True)
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-Study = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="the study, for example configs/tune/esc10.yaml")]
-Words = Annotated[
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="`python -m tune STUDY.yaml` searches, or continues; `python -m tune report STUDY.yaml` shows what was found.",
+)
+console = Console(markup=False, highlight=False)  # values may hold [brackets]
+Study = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="for example configs/tune/esc10.yaml")]
+Changes = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE ...]", help="change the study (trials=12) or its base run (train.epochs=5)"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="changes of the study (trials=12) or of its base run (train.epochs=5)"
+    ),
 ]
 
 
-@app.command("run")
+def main() -> None:
+    """Runs the command: 0 done, 2 the user's mistake in one line, 1 anything else."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    words = sys.argv[1:]
+    if words and words[0] not in ("report", "--help"):
+        words = ["run", *words]  # the study file may come first
+    try:
+        app(words, prog_name="python -m tune")
+    except MeamtmError as error:
+        typer.echo(f"tune: {error}", err=True)
+        sys.exit(2)
+
+
+@app.command()
 def run(
     study: Study,
-    words: Words = None,
-    resume: Annotated[bool, typer.Option(help="what happens anyway: a study always continues")] = True,
+    changes: Changes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="require that there is something to continue")] = False,
 ) -> None:
-    """Search, retrain the best, test it once. The same command continues a study, or says that it is done."""
-    del resume
+    """Search, train the best again on train + validation, test it once; the same command again continues."""
     from tune.plan import load_plan
-
-    plan = load_plan(study, words or [])
     from tune.report import summary
     from tune.study import run_study
 
-    result = run_study(plan, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    plan = load_plan(study, changes or [])
+    if resume and not (plan.folder / "optuna.db").exists():
+        raise ConfigError(f"--resume: {plan.folder} holds no study to continue; leave --resume out to begin")
+    try:
+        result = run_study(plan, typer.echo)
+    except KeyboardInterrupt as stop:  # typer would leave without a word
+        typer.echo("tune: stopped; the same command continues", err=True)
+        raise typer.Exit(1) from stop
     console.print(summary(result))
 
 
-@app.command("report")
-def report(study: Study, words: Words = None) -> None:
+@app.command()
+def report(study: Study, changes: Changes = None) -> None:
     """Print and draw what a study has found so far."""
     from tune.plan import load_plan
     from tune.report import report as make_report
 
-    console.print(make_report(load_plan(study, words or [])))
-
-
-def main() -> NoReturn:
-    """Runs the command; exits with 0 when done, 2 for what the user can put right, 1 for anything else."""
-    handler = RichHandler(console=errors, show_time=False, show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    words = sys.argv[1:]
-    if words and words[0] not in ("run", "report", "--help"):
-        words = ["run", *words]
-    try:
-        app(words, prog_name="python -m tune", standalone_mode=False)
-    except MeamtmError as error:
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
-    except typer.Abort:
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command continues", highlight=False)
-        sys.exit(1)
-    sys.exit(0)
+    console.print(make_report(load_plan(study, changes or [])))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ QUIET = {
 """Environment defaults for Ray in this process and in its workers; a value that the user has set stays."""
 
 
+NOTHING = {"memory": 1.0}
+"""A byte: what a trial reserves that only waits for its Ray Train workers; Ray refuses a reservation of nothing."""
+
+
 def run_trials(plan: Plan, parent: MLflowSink | None, tags: Mapping[str, str], tell: Callable[[str], None]) -> None:
     """Runs as many trials as are missing; raises what ended the search early, with every trial back in line."""
     for name, value in QUIET.items():
@@ -108,7 +112,7 @@ def _placement(scale: ScaleConfig) -> tuple[dict[str, float], int]:
     needed = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
     check_resources(scale.model_copy(update={"workers": workers}))
     slots = min(int(there[kind] / (workers * amount) + 1e-6) for kind, amount in needed.items())
-    return (needed if scale.workers == 0 else {"CPU": 0}), slots
+    return (needed if scale.workers == 0 else NOTHING), slots
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class Plan:
         }
         tree = {**settings, "set": differences(self.base), "space": space}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(self.folder / "study.yaml", tree, f"python -m tune {self.folder.name}/study.yaml")
+        write_yaml(self.folder / "study.yaml", tree, f"python -m tune {self.config.studies_dir}/{self.name}/study.yaml")
 
 
 def load_plan(path: str | Path, words: Sequence[str] = ()) -> Plan:

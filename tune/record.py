@@ -97,7 +97,7 @@ class Recorder(ray.tune.Callback):
         known = self.search.known(trial.trial_id)
         error = known.user_attrs.get("error", "") if outcome == "failed" else ""
         if sink := self.sinks.pop(trial.trial_id, None):
-            _mark(sink, {"outcome": outcome, **({"error": error} if error else {})})
+            sink.tag({"outcome": outcome, **({"error": error} if error else {})})
             sink.close("FAILED" if outcome == "failed" else "FINISHED")
         value = (trial.last_result or {}).get(self.plan.config.objective)
         measured = error or f"{self.plan.config.objective} {value:.4f}"
@@ -128,17 +128,6 @@ def end_all(sinks: Iterable[MLflowSink], status: Status) -> None:
     if sinks:
         with ThreadPoolExecutor(len(sinks)) as pool:
             list(pool.map(lambda sink: sink.close(status), sinks))
-
-
-def _mark(sink: MLflowSink, tags: Mapping[str, str]) -> None:
-    """Tags a run that is under way; a server that is away costs a warning."""
-    from mlflow import MlflowClient
-
-    try:
-        for key, value in tags.items():
-            MlflowClient(tracking_uri=sink.uri).set_tag(str(sink.run_id), key, value)
-    except Exception as error:  # whatever a network does, the study goes on
-        logger.warning("run %s keeps no tags %s (%s)", sink.run_id, ", ".join(tags), type(error).__name__)
 
 
 def describe(point: Mapping[str, Any]) -> str:

@@ -15,8 +15,11 @@ from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from meamtm.config import Value, flatten, signature
+from meamtm.config import RunConfig, Value, flatten, signature
 from meamtm.errors import ConfigError
+from meamtm.tracking import read_rows
+from meamtm.training.checkpoint import newest, read_record
+from meamtm.training.run import absolute, run_folder
 from tune.history import failed, judge, open_storage
 from tune.limits import excess
 from tune.plan import Plan
@@ -60,10 +63,11 @@ class TruthfulSearch(OptunaSearch):
             point = self.plan.space(trial)
             reason = self._reject(trial, point)
             if reason is None:
-                run = self.plan.trial(trial.number, point)
+                run = absolute(self.plan.trial(trial.number, point))
                 trial.set_user_attr("ray_trial_id", trial_id)
                 trial.set_user_attr("signature", signature(run))
                 self._ot_trials[trial_id] = trial
+                self._catch_up(trial, run)
                 return {"number": trial.number, "objective": self.plan.config.objective, "run": flatten(run)}
         raise ConfigError(
             f"limits: {REJECTED_IN_A_ROW} suggestions in a row build no run within them (the last: {reason}); "
@@ -111,6 +115,14 @@ class TruthfulSearch(OptunaSearch):
         # in a resumed study and suggest its first trials a second time.
         self.study.sampler = make_sampler(self.plan, len(self.study.get_trials(deepcopy=False)))
         return self.study.ask()
+
+    def _catch_up(self, trial: optuna.Trial, run: RunConfig) -> None:
+        """Reads epochs that a dead driver did not hear of; the run goes on after its checkpoint and skips them."""
+        found = newest(run_folder(run))
+        last = read_record(found)["epoch"] if found is not None else 0
+        for row in read_rows(run_folder(run) / "metrics.jsonl"):
+            if row["step"] <= last:
+                self._keep(trial, row)
 
     def _reject(self, trial: optuna.Trial, point: Mapping[str, Value]) -> str | None:
         """Ends a suggestion that builds no run, or one over the limits, and returns why; Optuna learns to avoid it."""

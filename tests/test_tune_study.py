@@ -1,0 +1,354 @@
+"""Real studies on a real cluster: from the first suggestion to the test fold, through kills and back."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import yaml
+from mlflow.entities import Run
+from tiny import TINY
+
+from meamtm.config import load
+from meamtm.errors import ConfigError
+from meamtm.tracking.server import connect
+from meamtm.training.run import absolute, finished, run_folder
+from tune.__main__ import main
+from tune.history import open_study
+from tune.plan import Plan, load_plan
+from tune.result import read_result
+from tune.study import run_study
+
+# Ray Data, which Ray Train sets up beside every run, builds its own defaults in a way that it calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+ROOT = Path(__file__).parents[1]
+SPACE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "encoder.depth": {"int": [1, 2]}}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two CPUs for all studies of this module that run in this process."""
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    if mine:
+        ray.shutdown()
+
+
+@pytest.fixture
+def study(tmp_path: Path, packed: Path, cache_dir: Path) -> Path:
+    """A study file of four trials of four epochs, everything of which lies in this test's folder."""
+    places = {
+        "data.path": str(packed),
+        "data.cache_dir": str(cache_dir),
+        "data.valid_fold": 2,
+        "runs_dir": str(tmp_path / "runs"),
+        "tracking.mlflow": True,
+        "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
+    }
+    settings = {
+        "name": "tiny",
+        "studies_dir": str(tmp_path / "studies"),
+        "set": {**TINY, **places},
+        "space": SPACE,
+        "trials": 4,
+        "asha": {"grace_epochs": 1, "reduction": 2},
+    }
+    del settings["set"]["optim.lr"], settings["set"]["encoder.depth"]
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def states(plan: Plan) -> Counter[str]:
+    return Counter(trial.state.name for trial in open_study(plan).trials)
+
+
+def recorded(plan: Plan) -> dict[str, list[Run]]:
+    """MLflow's runs by the name of their parent, "" for those without."""
+    client = connect(str(plan.base.tracking.uri))
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    below: dict[str, list[Run]] = {}
+    for run in runs:
+        below.setdefault(names.get(run.data.tags.get("mlflow.parentRunId"), ""), []).append(run)
+    return below
+
+
+def command(study: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune", str(study), *words],
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> str:
+    """Reads a process's output up to a line with a text; fails with all of it where that never comes."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if text in line:
+            return said
+    pytest.fail(f"{text!r} was never said:\n{said}")
+
+
+@pytest.mark.ray
+def test_a_study_goes_from_suggestions_to_the_test_fold(cluster, study, capsys):
+    plan = load_plan(study)
+    lines: list[str] = []
+    result = run_study(plan, lines.append)
+
+    trials = open_study(plan).trials
+    assert states(plan).keys() <= {"COMPLETE", "PRUNED"}
+    assert states(plan).total() == 4
+    for trial in trials:
+        epochs = sorted(trial.intermediate_values)
+        assert epochs == list(range(1, len(epochs) + 1))
+        assert (trial.state.name == "COMPLETE") == (len(epochs) == 4)
+        assert trial.value == trial.intermediate_values[epochs[-1]]
+        assert {"ray_trial_id", "mlflow_run_id", "signature"} <= trial.user_attrs.keys()
+    assert sum(re.match(r" +\d/4 +trial", line) is not None for line in lines) == 4
+
+    below = recorded(plan)
+    assert sorted(run.info.run_name for run in below[plan.name]) == [f"trial-000{number}" for number in range(4)]
+    assert {run.info.status for runs in below.values() for run in runs} == {"FINISHED"}
+    for run in below[plan.name]:
+        trial = trials[int(run.data.tags["optuna.trial"])]
+        assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
+        assert run.data.tags["outcome"] == {"COMPLETE": "complete", "PRUNED": "pruned"}[trial.state.name]
+        assert float(run.data.params["optim.lr"]) == trial.params["optim.lr"]
+        history = connect(str(plan.base.tracking.uri)).get_metric_history(run.info.run_id, "valid/accuracy")
+        assert {point.step: point.value for point in history} == trial.intermediate_values
+
+    best = load(plan.folder / "best.yaml")
+    assert best.data.valid_fold is None
+    assert run_folder(absolute(best)) == Path(result.run_folder)
+    again = finished(absolute(best))
+    assert again is not None, "`meamtm train best.yaml` finds its run done"
+    assert again.evaluation is not None
+    assert again.evaluation.metrics == result.test
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    assert result.best_row.value == max(trial.value for trial in complete)
+    names = {path.name for path in (plan.folder / "report").iterdir()}
+    assert {"trials.csv", "history.png", "parallel.png", "slice-optim.lr.png", "slice-encoder.depth.png"} <= names
+
+    assert run_study(plan, pytest.fail) == result == read_result(plan)
+    call(["report", str(study)])
+    assert "importances" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_more_trials_continue_the_same_study(cluster, study):
+    few = load_plan(study, ["trials=1", "train.epochs=1"])
+    first = run_study(few, str)
+    more = load_plan(study, ["trials=3", "train.epochs=1"])
+    result = run_study(more, str)
+    assert result.study == first.study
+    assert result.rows[:1] == first.rows
+    assert states(more) == {"COMPLETE": 3}
+    assert len({row.point["optim.lr"] for row in result.rows}) == 3
+    assert len(recorded(more)[more.name]) == 3
+
+
+def call(words: list[str]) -> None:
+    """Runs the command in this process."""
+    before, sys.argv = sys.argv, ["tune", *words]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        sys.argv = before
+
+
+@pytest.mark.ray
+def test_trials_and_the_best_run_train_on_ray_workers(study):
+    words = ["trials=2", "train.epochs=2", "scale.workers=2", "asha.enabled=false"]
+    plan = load_plan(study, words)
+    driver = command(study, *words)
+    said, _ = driver.communicate(timeout=280)
+    assert driver.returncode == 0, said
+    assert states(plan) == {"COMPLETE": 2}
+    for trial in open_study(plan).trials:
+        assert sorted(trial.intermediate_values) == [1, 2]
+        assert Path(trial.user_attrs["checkpoint"]).name == "epoch-00002"
+    assert {run.info.status for runs in recorded(plan).values() for run in runs} == {"FINISHED"}
+    result = read_result(plan)
+    assert result is not None
+    assert result.test is not None
+
+
+@pytest.mark.ray
+def test_failed_trials_are_failures_everywhere_and_end_the_study(cluster, study):
+    settings = yaml.safe_load(study.read_text())
+    settings["space"]["optim.name"] = {"choice": ["adamv", "lamp"]}
+    study.write_text(yaml.safe_dump(settings))
+    plan = load_plan(study, ["max_failed_trials=1"])
+    with pytest.raises(ConfigError, match=r"max_failed_trials=1: 2 trials have failed.*optim.name"):
+        run_study(plan, str)
+    assert states(plan)["FAIL"] == 2
+    assert states(plan).keys() <= {"FAIL", "WAITING"}
+    below = recorded(plan)
+    failures = [run for run in below[plan.name] if run.info.status == "FAILED"]
+    assert len(failures) == 2
+    assert all("optim.name" in run.data.tags["error"] for run in failures)
+    assert {run.info.status for run in below[plan.name]} <= {"FAILED", "KILLED"}
+    assert [run.info.status for run in below[""]] == ["FAILED"]
+
+
+@pytest.mark.ray
+def test_a_time_budget_ends_the_search(cluster, study):
+    """Trials without a finished epoch, as on a busy machine, are left to a longer budget."""
+    plan = load_plan(study, ["train.epochs=2000", "trials=2", "time_budget_s=20", "asha.enabled=false"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tune.study._conclude", lambda *_: None)  # 2000 epochs of the best would take minutes
+        run_study(plan, str)
+    for trial in open_study(plan).trials:
+        assert trial.state.name == ("PRUNED" if trial.intermediate_values else "WAITING")
+        assert trial.value == (trial.intermediate_values[trial.last_step] if trial.intermediate_values else None)
+
+
+@pytest.mark.ray
+def test_a_killed_study_is_continued_by_the_same_command(study):
+    plan = load_plan(study)
+    driver = command(study)
+    wait_for(driver, "1/4")
+    children = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    before = open_study(plan).trials
+    assert any(trial.state.name == "RUNNING" for trial in before)
+    busy = [child for child in children if "Agent" not in child.name()]  # which notice after a while, and idle
+    _, alive = psutil.wait_procs(busy, timeout=30)
+    assert not alive, "Ray's processes end with the driver that started them"
+
+    driver = command(study)
+    said, _ = driver.communicate(timeout=240)
+    assert driver.returncode == 0, said
+    trials = open_study(plan).trials
+    assert states(plan).keys() <= {"COMPLETE", "PRUNED"}
+    assert states(plan).total() == 4
+    assert [trial.params for trial in trials[: len(before)]] == [trial.params for trial in before]
+    for old, new in zip(before, trials, strict=False):
+        assert old.intermediate_values.items() <= new.intermediate_values.items()
+    below = recorded(plan)
+    assert len(below[plan.name]) == 4
+    assert {run.info.status for runs in below.values() for run in runs} == {"FINISHED"}
+
+    began_s = time.monotonic()
+    third = command(study)
+    again, _ = third.communicate()
+    assert third.returncode == 0
+    assert "to go" not in again
+    assert again.splitlines()[-12:] == said.splitlines()[-12:], "the finished study is printed as before"
+    assert time.monotonic() - began_s < 30
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_study_that_is_told_to_stop_ends_its_runs_and_can_go_on(study, number):
+    driver = command(study, "train.epochs=500", "asha.enabled=false")
+    said = wait_for(driver, "to go")
+    plan = load_plan(study, ["train.epochs=500", "asha.enabled=false"])
+    deadline_s = time.monotonic() + 120
+    while not (plan.folder / "optuna.db").exists() or not any(
+        trial.intermediate_values for trial in open_study(plan).trials
+    ):
+        assert time.monotonic() < deadline_s, said
+        time.sleep(0.5)
+    began_s = time.monotonic()
+    driver.send_signal(number)
+    rest, _ = driver.communicate()
+    assert time.monotonic() - began_s < 10
+    assert driver.returncode == 1
+    assert rest.strip().splitlines()[-1] == "tune: stopped; the same command continues"
+    assert "Traceback" not in rest
+    assert states(plan).keys() == {"WAITING"}
+    assert {run.info.status for runs in recorded(plan).values() for run in runs} == {"KILLED"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.path=/nowhere/at/all"], r"data\.path=.*/nowhere/at/all"),
+        (["data.valid_fold=null"], "data.valid_fold=None: a study chooses on an inner validation fold"),
+        (["data.valid_fold=9"], "data.valid_fold=9: .* has no such fold"),
+        (["tracking.uri=http://127.0.0.1:9"], "tracking.uri=http://127.0.0.1:9 does not answer"),
+        (["trails=3"], "trails=3: no such key of a study or a run; did you mean trials?"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(study, words, message, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        call([str(study), *words])
+    out, err = capfd.readouterr()
+    assert re.search(message, err), err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in out + err
+
+
+def test_a_cluster_that_does_not_answer_gets_one_line_and_leaves_no_run_open(study):
+    driver = command(study, "scale.address=127.0.0.1:9")
+    said, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 2
+    assert "tune: scale.address=127.0.0.1:9: no Ray cluster answers there" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert {run.info.status for runs in recorded(load_plan(study)).values() for run in runs} == {"FAILED"}
+
+
+def test_resume_wants_something_to_continue(study, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        call([str(study), "--resume"])
+    assert "holds no study to continue; leave --resume out to begin" in capfd.readouterr().err
+
+
+def test_a_report_of_a_study_that_never_was_says_so(study, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        call(["report", str(study)])
+    assert "no such study yet; start it by python -m tune, with the same words" in capfd.readouterr().err
+
+
+def test_a_finished_study_is_recognised_without_ray_or_optuna(study):
+    plan = load_plan(study)
+    plan.write()
+    row = {
+        "number": 0,
+        "state": "COMPLETE",
+        "value": 0.5,
+        "epochs": 4,
+        "elapsed_s": 1.0,
+        "point": {"optim.lr": 1e-3},
+        "error": None,
+    }
+    fields = {
+        "study": plan.name,
+        "folder": str(plan.folder),
+        "objective": "valid/accuracy",
+        "trials": 4,
+        "time_budget_s": None,
+    }
+    found = {"rows": [row], "best": 0, "run_folder": "r", "checkpoint": "c", "test": {"test/accuracy": 0.4}}
+    (plan.folder / "result.json").write_text(json.dumps({**fields, **found, "mlflow_uri": None, "mlflow_run_id": None}))
+    program = (
+        "import sys; from tune.__main__ import main\n"
+        f"sys.argv = ['tune', {str(study)!r}]\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'ray', 'optuna', 'mlflow', 'torch'} & sys.modules.keys()))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+    assert "test/accuracy" in ran.stdout
