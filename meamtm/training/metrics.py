@@ -4,11 +4,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics.functional.classification import (
+    binary_average_precision,
     multiclass_accuracy,
     multiclass_confusion_matrix,
     multiclass_f1_score,
     multilabel_accuracy,
-    multilabel_average_precision,
     multilabel_f1_score,
 )
 
@@ -21,10 +21,13 @@ def scores(probability: Probability, target: Target, *, multi_label: bool) -> di
     num_labels = target.shape[1]
     if multi_label:
         wanted = target.long()
+        heard = wanted.any(0)  # (label,): of a label that no clip has, no precision is defined
+        columns = zip(probability.T[heard], wanted.T[heard], strict=True)
+        precisions = [binary_average_precision(column, truth) for column, truth in columns]
         values = {
             "accuracy": multilabel_accuracy(probability, wanted, num_labels, average="micro"),
             "macro_f1": multilabel_f1_score(probability, wanted, num_labels, average="macro"),
-            "map": multilabel_average_precision(probability, wanted, num_labels, average="macro"),
+            "map": torch.stack(precisions).mean(),
             "loss": torch.nn.functional.binary_cross_entropy(probability, target) * num_labels,
         }
     else:
