@@ -1,0 +1,145 @@
+"""The learning rate climbs, peaks and falls as its schedule says; weight decay spares what should keep its size."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meamtm.config import OptimConfig, from_flat
+from meamtm.errors import ConfigError
+from meamtm.model.transformer import AudioTransformer
+from meamtm.training.optim import lr_factor, make_optimizer, set_lr
+
+SCHEDULES = ("cosine", "onecycle", "step", "constant")
+schedules = st.sampled_from(SCHEDULES)
+
+
+def optim(**changes: Any) -> OptimConfig:
+    return OptimConfig.model_validate(changes)
+
+
+def course(config: OptimConfig, num_steps: int, steps_per_epoch: int = 10) -> list[float]:
+    return [lr_factor(config, step, num_steps, steps_per_epoch) for step in range(num_steps)]
+
+
+def tiny_model(pool: str = "cls") -> AudioTransformer:
+    shape = {"data.clip_s": 0.5, "mel.sample_rate_hz": 8_000, "mel.num_bands": 16, "encoder.stem_channels": [8]}
+    width = {"encoder.heads": 1, "encoder.head_dim": 8, "encoder.depth": 1, "encoder.pool": pool}
+    return AudioTransformer(from_flat(shape | width), 3)
+
+
+@given(schedule=schedules, warmup=st.floats(0, 0.9), final=st.floats(0, 1), num_steps=st.integers(1, 300))
+@settings(max_examples=200, deadline=None)
+def test_the_rate_lies_between_0_and_its_peak_and_reaches_the_peak(
+    schedule: str, warmup: float, final: float, num_steps: int
+) -> None:
+    factors = course(optim(schedule=schedule, warmup=warmup, final_ratio=final), num_steps)
+    assert min(factors) > 0 or final == 0
+    assert max(factors) == pytest.approx(1)
+
+
+@given(schedule=st.sampled_from(["cosine", "onecycle", "constant"]), warmup=st.floats(0, 0.9), final=st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_no_joint_jumps(schedule: str, warmup: float, final: float) -> None:
+    """Neighbouring steps differ by what the steepest part of a schedule allows, also where two parts meet."""
+    num_steps = 400
+    config = optim(schedule=schedule, warmup=warmup, final_ratio=final)
+    factors = course(config, num_steps)
+    num_warmup = max(round(warmup * num_steps), round(0.3 * num_steps) if schedule == "onecycle" else 0)
+    steepest = max(math.pi / 2 / max(num_warmup, 1), math.pi / 2 / (num_steps - num_warmup))
+    assert max(abs(after - before) for before, after in itertools.pairwise(factors)) <= steepest + 1e-9
+
+
+@given(schedule=schedules, warmup=st.floats(0.01, 0.9), num_steps=st.integers(50, 300))
+@settings(max_examples=100, deadline=None)
+def test_the_warm_up_ends_at_the_peak_and_what_follows_begins_there(
+    schedule: str, warmup: float, num_steps: int
+) -> None:
+    factors = course(optim(schedule=schedule, warmup=warmup), num_steps)
+    num_warmup = round(warmup * num_steps)
+    if schedule == "onecycle":
+        num_warmup = max(num_warmup, round(0.3 * num_steps))
+    if num_warmup == 0:
+        assert factors[0] == 1
+        return
+    assert factors[num_warmup - 1] == pytest.approx(1)
+    assert factors[num_warmup] == pytest.approx(1)
+    climb = factors[:num_warmup]
+    assert climb == sorted(climb)
+
+
+def test_a_warm_up_climbs_in_equal_steps() -> None:
+    assert course(optim(schedule="constant", warmup=0.4), 10) == pytest.approx([0.25, 0.5, 0.75] + [1] * 7)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
+def test_a_cosine_ends_at_its_last_ratio(schedule: str) -> None:
+    config = optim(schedule=schedule, final_ratio=0.02)
+    assert lr_factor(config, 1_000, 1_000, 10) == pytest.approx(0.02)
+    assert course(config, 1_000)[-1] == pytest.approx(0.02, abs=1e-5)
+    half = 50 + 950 // 2 if schedule == "cosine" else 300 + 700 // 2
+    assert lr_factor(config, half, 1_000, 10) == pytest.approx((1 + 0.02) / 2)
+
+
+def test_onecycle_begins_low_and_peaks_after_three_tenths() -> None:
+    factors = course(optim(schedule="onecycle", warmup=0.05), 1_000)
+    assert factors[0] == pytest.approx(1 / 25, abs=1e-3)
+    assert factors[299] == factors[300] == 1
+    assert factors[298] < 1
+    assert factors[301] < 1
+    assert course(optim(schedule="onecycle", warmup=0.6), 1_000).index(1.0) == 599
+
+
+def test_steps_drop_after_so_many_epochs_beyond_the_warm_up() -> None:
+    config = optim(schedule="step", warmup=0.1, step_epochs=2, step_gamma=0.5)
+    factors = course(config, 100, steps_per_epoch=10)
+    assert factors[9:30] == [1.0] * 21
+    assert factors[30:50] == [0.5] * 20
+    assert factors[50:70] == [0.25] * 20
+    assert factors[-1] == 0.5**4
+
+
+def test_setting_the_rate_moves_every_group_by_its_own_scale() -> None:
+    weights = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:], "lr_scale": 0.1}], lr=1.0)
+    lr = set_lr(optimizer, optim(lr=0.5, schedule="constant", warmup=0.5), 0, 8, 4)
+    assert lr == 0.5 / 4
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.125, 0.0125])
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "attention"])
+def test_biases_norms_and_positions_do_not_decay(pool: str) -> None:
+    model = tiny_model(pool)
+    optimizer = make_optimizer(model, optim(weight_decay=0.3))
+    decays = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    assert len(decays) == len(list(model.parameters())) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, weight in model.encoder.named_parameters():
+        spared = weight.ndim <= 1 or name in ("pos_embed", "cls_token")
+        assert decays[id(weight)] == (0.0 if spared else 0.3), name
+    assert set(decays.values()) == {0.0, 0.3}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "nadamw", "adafactor"])
+def test_timms_optimizers_lower_a_loss(name: str) -> None:
+    model = tiny_model()
+    optimizer = make_optimizer(model, optim(name=name, lr=3e-3))
+    waveform = 0.1 * torch.randn(6, 4_000, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    losses = []
+    for _ in range(12):
+        loss = torch.nn.functional.cross_entropy(model(waveform), labels)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0], losses
+
+
+def test_an_optimizer_that_timm_does_not_know_is_refused() -> None:
+    message = r"^optim\.name='adamx': timm cannot build it \(.*\); see timm\.optim\.list_optimizers\(\)$"
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(tiny_model(), optim(name="adamx"))
