@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, no_type_check
 from urllib.parse import urlsplit
 
 import torch
@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
     "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # as in cli.main
 }
 
 
@@ -90,7 +91,7 @@ def make_trainer(
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=NUM_KEPT),
             callbacks=list(callbacks),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}},
         ),
     )
 
@@ -138,12 +139,10 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
     if address is not None:
         _check_answers(address)
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if address else {"include_dashboard": dashboard}),
-        )
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ServiceError(
             f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a "
@@ -203,6 +202,7 @@ def _forwarder(queue: Any) -> "ray.train.UserCallback":
     class Forwarder(ray.train.UserCallback):
         """Sends rank 0's metrics home; ranks agree, since they are sums over all of them."""
 
+        @no_type_check  # a checked function could not travel to Ray's controller
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             """Runs in Ray's controller."""
             del run_context, checkpoint

@@ -117,13 +117,13 @@ class _SumOverRanks(torch.autograd.Function):
     """Adds a tensor over the ranks; each rank's gradient is the sum of all, since its part entered every sum."""
 
     @staticmethod
-    def forward(_ctx: Any, part: Tensor) -> Tensor:
+    def forward(ctx: Any, part: Tensor) -> Tensor:  # noqa: ARG004
         total = part.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
         total = gradients[0].clone()
         dist.all_reduce(total)
         return total

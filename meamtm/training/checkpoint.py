@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from meamtm.model.transformer import AudioTransformer
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
+RECORD = {"format", "epoch", "batch", "metrics", "files"}
 NUM_KEPT = 2
 """Newest checkpoints of a run that stay on disk: one, and one to fall back on."""
 
@@ -108,7 +110,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Reads metrics.json and checks every file against it."""
     try:
         record = json.loads((folder / "metrics.json").read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{folder}: not a checkpoint (no metrics.json); name a folder like runs/NAME/epoch-00100"
         ) from error
@@ -119,6 +121,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else record
         raise CheckpointError(f"{folder}: format {found!r} is not {FORMAT}; use the version of meamtm that wrote it")
+    if lacking := ", ".join(sorted(RECORD - record.keys())):
+        raise CheckpointError(f"{folder}: metrics.json lacks {lacking}; use another checkpoint of the run")
     for name, digest in record["files"].items():
         path = folder / name
         if not path.is_file() or _digest(path) != digest:
@@ -141,7 +145,8 @@ def load_model(folder: Path | str) -> Saved:
         model = AudioTransformer(config, len(labels.classes))
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (ConfigError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: its weights and its config do not fit ({error})") from error
+        reason = " ".join(str(error).split())[:300]  # torch lists every weight on a line of its own
+        raise CheckpointError(f"{folder}: its weights and its config do not fit ({reason})") from error
     return Saved(folder, config, labels, model.eval(), record["metrics"])
 
 
@@ -159,7 +164,12 @@ def read_labels(folder: Path) -> Labels:
 
 def load_state(folder: Path) -> dict[str, Any]:
     """Reads the training state, as data only."""
-    return torch.load(folder / "train_state.pt", map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / "train_state.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: train_state.pt is damaged or holds more than data; use another checkpoint of the run"
+        ) from error
 
 
 def checkpoint_name(cursor: tuple[int, int]) -> str:
