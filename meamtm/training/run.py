@@ -11,7 +11,11 @@ import torch
 
 from meamtm import __version__
 from meamtm.config import RunConfig, flatten, override, run_name, signature, write_yaml
+from meamtm.data.cache import open_clips
+from meamtm.data.loader import Loader
 from meamtm.data.packed import read_card
+from meamtm.data.split import split_clips
+from meamtm.model.transformer import AudioTransformer
 from meamtm.tracking import (
     Sink,
     Sinks,
@@ -25,6 +29,7 @@ from meamtm.tracking import (
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.context import LocalContext, choose_device
 from meamtm.training.evaluate import Evaluation, evaluate
+from meamtm.training.optim import make_optimizer
 from meamtm.training.train import train
 
 logger = logging.getLogger(__name__)
@@ -89,14 +94,25 @@ def finished(config: RunConfig) -> Outcome | None:
 def open_record(config: RunConfig, parent_run_id: str | None = None) -> Sinks:
     """Starts the run's record where its newest checkpoint left it: config.yaml, metrics.jsonl and MLflow.
 
-    A data set or a tracking server that is away is an error before anything is written.
+    What would stop the run before its first step, be it in the data, the config or the tracking server, is an error
+    before anything is written.
     """
     folder, marks = run_folder(config), tags(config)
+    _check(config)
     found = newest(folder)
     sinks = open_sink(config.tracking, folder, run_name(config), parent_run_id=parent_run_id)
     sinks.start(flatten(config), marks, from_step=int(read_record(found)["epoch"]) if found else 0)
     write_yaml(folder / "config.yaml", flatten(config))
     return sinks
+
+
+def _check(config: RunConfig) -> None:
+    """Makes what training makes, to see whether folds, batches, bands and optimizer can be had."""
+    clips = open_clips(config.data, config.mel.sample_rate_hz)
+    indices = split_clips(clips, config.data).train
+    world_size = max(config.scale.workers, 1)
+    Loader(clips, indices, config.clip_samples, config.train.batch_size, seed=0, train=True, world_size=world_size)
+    make_optimizer(AudioTransformer(config, len(clips.classes)), config.optim)
 
 
 def record_evaluation(evaluation: Evaluation, folder: Path, sinks: Sink) -> None:
