@@ -88,10 +88,10 @@ def pack(
 @app.command()
 def show(config: ConfigPath, changes: Changes = None) -> None:
     """Print the resolved settings and what they cost."""
-    from meamtm.config import RunConfig, describe, flatten, run_name
+    from meamtm.config import RunConfig, describe, flatten, load, parse_changes, run_name
     from meamtm.model.cost import cost
 
-    resolved = _load(config, changes)
+    resolved = load(config, parse_changes(changes or []))
     defaults = flatten(RunConfig())
     table = Table("key", "value", "meaning", title=run_name(resolved), title_justify="left")
     for key, value in flatten(resolved).items():
@@ -111,11 +111,12 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="require that there is something to continue")] = False,
 ) -> None:
     """Train, then test on the test fold; the same command again continues, or says that it is done."""
+    from meamtm.config import load, parse_changes
     from meamtm.distributed import run
     from meamtm.tracking import how_to_open
     from meamtm.training.run import absolute, finished, run_folder
 
-    settings = absolute(_load(config, changes))
+    settings = absolute(load(config, parse_changes(changes or [])))
     folder = run_folder(settings)
     if resume and not any(folder.glob("epoch-*")):
         raise MeamtmError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out to begin")
@@ -155,7 +156,7 @@ def predict(
 
     _check_folder(out)
     saved, files = load_model(checkpoint), find_audio(paths)
-    answers = _hear(classify_files(saved, files), len(files))
+    answers = _collect(classify_files(saved, files), len(files))
     classes = saved.labels.classes
     if out is not None:
         write_csv(out, classes, answers)
@@ -184,7 +185,7 @@ def embed(
 
     _check_folder(out)
     saved, files = load_model(checkpoint), find_audio(paths)
-    answers = _hear(embed_files(saved, files), len(files))
+    answers = _collect(embed_files(saved, files), len(files))
     for answer in answers:
         if answer.values is None:
             typer.echo(f"{answer.path}: {answer.problem}", err=True)
@@ -198,19 +199,13 @@ def _check_folder(out: Path | None) -> None:
         raise MeamtmError(f"--out={out}: cannot be written; name a file in a folder that exists")
 
 
-def _hear(answers: "Iterator[Answer]", num_files: int) -> "list[Answer]":
-    heard: list[Answer] = []
-    with _counting("listening") as progress:
-        for answer in answers:
-            heard.append(answer)
-            progress(len(heard), num_files)
-    return heard
+def _collect(answers: "Iterator[Answer]", num_files: int) -> "list[Answer]":
+    from meamtm.inference.predict import check_any
 
-
-def _load(config: Path, changes: list[str] | None) -> "RunConfig":
-    from meamtm.config import load, parse_changes
-
-    return load(config, parse_changes(changes or []))
+    with _bar() as progress:
+        collected = list(progress.track(answers, num_files, description="listening"))
+    check_any(collected)
+    return collected
 
 
 def _num_labels(config: "RunConfig") -> int:

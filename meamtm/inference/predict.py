@@ -57,6 +57,14 @@ def embed_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
         yield _answer(saved, path, saved.model.features)
 
 
+def check_any(answers: Sequence[Answer]) -> None:
+    """Raises DataError if not a single file could be read."""
+    if all(answer.values is None for answer in answers):
+        first = answers[0]
+        others = "" if len(answers) == 1 else f" (nor can the other {len(answers) - 1} files be used)"
+        raise DataError(f"{first.path}: {first.problem}{others}; name files with sound in them")
+
+
 def write_csv(out: Path, classes: Sequence[str], answers: Sequence[Answer]) -> None:
     """Writes one line per file: its best class, every class's probability, and what was wrong with it."""
     with out.open("w", newline="", encoding="utf-8") as file:
@@ -73,8 +81,6 @@ def write_csv(out: Path, classes: Sequence[str], answers: Sequence[Answer]) -> N
 def write_npz(out: Path, answers: Sequence[Answer]) -> int:
     """Writes paths (file,) and embeddings (file, width) of the readable files, and returns their number."""
     good = [(str(answer.path), answer.values) for answer in answers if answer.values is not None]
-    if not good:
-        raise DataError(f"none of {len(answers)} files can be read, so {out} is not written; see the reasons above")
     with out.open("wb") as file:
         np.savez(file, path=[path for path, _ in good], embedding=np.stack([values for _, values in good]))
     return len(good)
