@@ -1,6 +1,7 @@
 """`python -m tune STUDY.yaml [KEY=VALUE ...]` and `python -m tune report STUDY.yaml`: the study on the command line."""
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -28,6 +29,7 @@ Changes = Annotated[
 
 def main() -> None:
     """Runs the command: 0 done, 2 the user's mistake in one line, 1 anything else."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in meamtm.cli.main
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     words = sys.argv[1:]
     if words and words[0] not in ("report", "--help"):
