@@ -162,6 +162,16 @@ def read_labels(folder: Path) -> Labels:
     return labels
 
 
+def check_origin(folder: Path, labels: Labels, data_path: str) -> None:
+    """Raises CheckpointError if another data set than this one has taught a run."""
+    found = read_labels(folder)
+    if found != labels:
+        raise CheckpointError(
+            f"{folder} was trained on other data than {data_path!r} (digest {found.digest}, not {labels.digest}); "
+            f"set another name, or remove that run folder"
+        )
+
+
 def load_state(folder: Path) -> dict[str, Any]:
     """Reads the training state, as data only."""
     try:

@@ -14,10 +14,11 @@ from meamtm.config import RunConfig, override
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
+from meamtm.data.packed import Card, read_card
 from meamtm.data.split import split_clips
 from meamtm.errors import CheckpointError, DataError
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.checkpoint import load_model
+from meamtm.training.checkpoint import Saved, load_model
 from meamtm.training.context import choose_device
 from meamtm.training.metrics import confusion, scores
 from meamtm.training.step import autocast, to_float
@@ -50,14 +51,10 @@ def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = 
     if fold is not None:
         changes |= {"data.test_fold": fold, "data.valid_fold": None}
     config = override(saved.config, changes)
+    card = read_card(config.data.path)
+    _check_data(saved, card, config.data.path, is_given=data_path is not None)
     clips = open_clips(config.data, config.mel.sample_rate_hz)
-    if clips.classes != saved.labels.classes:
-        raise CheckpointError(
-            f"{saved.folder} names {len(saved.labels.classes)} classes, {list(saved.labels.classes)[:4]}..., and "
-            f"{config.data.path} has {len(clips.classes)}, {list(clips.classes)[:4]}...; "
-            f"evaluate on data with the same ones"
-        )
-    is_foreign = fold is None and clips.digest != saved.labels.digest
+    is_foreign = fold is None and card.digest != saved.labels.digest
     indices = np.arange(len(clips)) if is_foreign else split_clips(clips, config.data).test
     if len(indices) == 0:
         raise DataError(f"data.test_fold={config.data.test_fold}: no clip to test on; name a fold with --fold")
@@ -75,6 +72,21 @@ def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = 
         target=target.numpy(),
         confusion=None if clips.multi_label else confusion(probability, target).numpy(),
     )
+
+
+def _check_data(saved: Saved, card: Card, path: str, *, is_given: bool) -> None:
+    """Refuses other classes, and clips that changed under the run's own name, since it may have heard them."""
+    classes = saved.labels.classes
+    if card.classes != classes:
+        raise CheckpointError(
+            f"{saved.folder} names {len(classes)} classes, {list(classes)[:4]}..., and {path} has {len(card.classes)}, "
+            f"{list(card.classes)[:4]}...; evaluate on data with the same ones"
+        )
+    if card.digest != saved.labels.digest and not is_given:
+        raise CheckpointError(
+            f"data.path={path} has changed since {saved.folder} was trained on it (digest {card.digest}, not "
+            f"{saved.labels.digest}); name data that it has not heard with --data"
+        )
 
 
 @torch.no_grad()

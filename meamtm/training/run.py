@@ -26,7 +26,7 @@ from meamtm.tracking import (
     read_rows,
     resolve_uri,
 )
-from meamtm.training.checkpoint import newest, read_record
+from meamtm.training.checkpoint import Labels, check_origin, newest, read_record
 from meamtm.training.context import LocalContext, choose_device
 from meamtm.training.evaluate import Evaluation, evaluate
 from meamtm.training.optim import make_optimizer
@@ -78,11 +78,16 @@ def conclude(config: RunConfig, metrics: dict[str, float], sinks: Sinks) -> Outc
 
 
 def finished(config: RunConfig) -> Outcome | None:
-    """Tells what the run found, if its last epoch is trained and, where clips are held out, tested."""
+    """Tells what the run found, if its last epoch is trained and, where clips are held out, tested.
+
+    Raises CheckpointError if a data set of the same name, but not the same clips, has taught it so far.
+    """
     folder = run_folder(config)
     checkpoint = newest(folder)
     if checkpoint is None:
         return None
+    card = read_card(config.data.path)
+    check_origin(checkpoint, Labels(card.classes, card.multi_label, card.digest), config.data.path)
     record = read_record(checkpoint)
     is_tested = not _holds_out(config) or (folder / "test" / "metrics.json").exists()
     if record["epoch"] < config.train.epochs or not is_tested:

@@ -15,9 +15,9 @@ from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
 from meamtm.data.split import Split, split_clips
-from meamtm.errors import CheckpointError, MeamtmError
+from meamtm.errors import MeamtmError
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.checkpoint import Labels, load_state, read_labels, read_record, save
+from meamtm.training.checkpoint import Labels, check_origin, load_state, read_record, save
 from meamtm.training.context import Context, Stopped
 from meamtm.training.evaluate import classify
 from meamtm.training.metrics import scores
@@ -107,12 +107,8 @@ def _resume(learner: Learner, context: Context, labels: Labels) -> dict[str, flo
     folder = context.resume_from()
     if folder is None:
         return {}
+    check_origin(folder, labels, learner.config.data.path)
     record, state = read_record(folder), load_state(folder)
-    if read_labels(folder) != labels:
-        raise CheckpointError(
-            f"{folder} was trained on other data than {learner.config.data.path!r} "
-            f"(digest {read_labels(folder).digest}, not {labels.digest}); set another name, or remove that run folder"
-        )
     learner.model.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
     if learner.ema is not None:
