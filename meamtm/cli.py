@@ -89,9 +89,10 @@ def pack(
 def show(config: ConfigPath, changes: Changes = None) -> None:
     """Print the resolved settings and what they cost."""
     from meamtm.config import RunConfig, describe, flatten, load, parse_changes, run_name
+
+    resolved = load(config, parse_changes(changes or []))  # before torch is loaded: a mistake shows at once
     from meamtm.model.cost import cost
 
-    resolved = load(config, parse_changes(changes or []))
     defaults = flatten(RunConfig())
     table = Table("key", "value", "meaning", title=run_name(resolved), title_justify="left")
     for key, value in flatten(resolved).items():
@@ -112,11 +113,13 @@ def train(
 ) -> None:
     """Train, then test on the test fold; the same command again continues, or says that it is done."""
     from meamtm.config import load, parse_changes
+
+    settings = load(config, parse_changes(changes or []))  # before torch is loaded
     from meamtm.distributed import run
     from meamtm.tracking import how_to_open
     from meamtm.training.run import absolute, finished, run_folder
 
-    settings = absolute(load(config, parse_changes(changes or [])))
+    settings = absolute(settings)
     folder = run_folder(settings)
     if resume and not any(folder.glob("epoch-*")):
         raise MeamtmError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out to begin")
@@ -211,23 +214,22 @@ def _collect(answers: "Iterator[Answer]", num_files: int) -> "list[Answer]":
 def _num_labels(config: "RunConfig") -> int:
     """Counts the data set's classes, if it is there; ten otherwise."""
     from meamtm.data.packed import read_card
-    from meamtm.errors import DataError
 
     try:
         return len(read_card(config.data.path).classes)
-    except DataError as error:
+    except MeamtmError as error:
         typer.echo(f"{error}\nthe cost is given for 10 classes", err=True)
         return 10
 
 
 def _print_evaluation(evaluation: "Evaluation") -> None:
+    from meamtm.tracking import per_class
+
     where = "all clips" if evaluation.fold is None else f"fold {evaluation.fold}"
     figures = (f"{key.removeprefix('test/')} {value:.4f}" for key, value in evaluation.metrics.items())
     typer.echo(f"test on {where}: {len(evaluation.clip_ids)} clips, {', '.join(figures)}")
     if evaluation.confusion is None:
         return
-    from meamtm.tracking import per_class
-
     table = Table("class", "precision", "recall", "F1", "clips")
     for row in per_class(evaluation.confusion, evaluation.classes):
         scores = (f"{row[key]:.2f}" for key in ("precision", "recall", "f1"))

@@ -1,0 +1,251 @@
+"""The commands, one after the other, as the README tells a newcomer to type them."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from command import Result, meamtm_command
+from tiny import TINY
+
+from meamtm.config import RunConfig, from_flat, known_keys, signature, write_yaml
+from meamtm.data.packed import read_card
+from meamtm.training.checkpoint import load_model, newest
+
+
+class World(NamedTuple):
+    """A folder in which everything was done once, and what that printed."""
+
+    folder: Path
+    synth: Result
+    pack: Result
+    train: Result
+    run_folder: Path
+    classes: tuple[str, ...]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The built-in sounds, packed, and a run on them; commands are typed in this folder."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "80")
+        places = {"name": "first", "data.path": "packed", "data.cache_dir": "cache"}
+        write_yaml(folder / "run.yaml", {**TINY, **places, "train.epochs": 3})
+        synth = meamtm_command("synth", "sounds", "--clips-per-class", 5, "--clip-s", 0.5)
+        pack = meamtm_command("pack", "sounds", "packed")
+        train = meamtm_command("train", "run.yaml")
+        [run_folder] = (folder / "runs").iterdir()
+        yield World(folder, synth, pack, train, run_folder, read_card("packed").classes)
+
+
+def test_synth_writes_the_built_in_sounds(world: World) -> None:
+    assert world.synth == (0, "50 clips of 0.5 s, 10 classes, 5 folds: sounds\n", "")
+    assert len(list((world.folder / "sounds").rglob("*.wav"))) == 50
+
+
+def test_pack_says_what_it_packed(world: World) -> None:
+    assert world.pack == (0, "50 clips, 10 classes, 5 folds, 0.4 min: packed\n", "")
+    again = meamtm_command("pack", "sounds", "packed")
+    assert (again.code, again.out) == (0, world.pack.out)
+
+
+def test_pack_names_what_it_rejected(world: World, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    sounds = sorted((world.folder / "sounds").rglob("*.wav"))[:2]
+    rows = [f"{path},{label}" for path, label in zip(["a.wav", "b.wav", "text.wav"], "xyx", strict=True)]
+    for path, name in zip(sounds, ["a.wav", "b.wav"], strict=True):
+        (tmp_path / "in" / name).write_bytes(path.read_bytes())
+    (tmp_path / "in" / "text.wav").write_text("text")
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    done = meamtm_command("pack", tmp_path / "in", tmp_path / "out", "--manifest", tmp_path / "list.csv")
+    assert done.code == 0
+    assert done.out.endswith(f"1 rejected (see {tmp_path / 'out' / 'rejected.csv'}): {tmp_path / 'out'}\n")
+
+
+def test_show_prints_every_key_with_its_value_and_the_cost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = meamtm_command("show", "run.yaml", "optim.lr=3e-4")
+    assert (shown.code, shown.err) == (0, "")
+    rows = {cells[1].strip(): cells[2].strip() for line in shown.out.splitlines() if (cells := line.split("│"))[2:]}
+    assert list(rows) == known_keys(RunConfig)
+    assert rows["optim.lr"] == "0.0003"
+    assert rows["encoder.stem_channels"] == "[8, 16]"
+    cost = r"[\d,]+ parameters, 24 tokens, \d+ million MACs per clip, checkpoint 0\.\d MB"
+    assert re.fullmatch(cost, shown.out.splitlines()[-1])
+
+
+def test_show_needs_no_data(world: World) -> None:
+    shown = meamtm_command("show", "run.yaml", "data.path=elsewhere")
+    assert shown.code == 0
+    assert shown.err.startswith("data.path=elsewhere: no packed data set there")
+    assert shown.err.endswith("the cost is given for 10 classes\n")
+
+
+def test_train_tells_each_epoch_the_test_and_where_things_are(world: World) -> None:
+    code, out, err = world.train
+    assert code == 0
+    epochs = [line for line in err.splitlines() if line.startswith("epoch ")]
+    assert [re.sub(r"\d\.\d{3}", "#", line) for line in epochs] == [f"epoch {n}  train/loss #" for n in (1, 2, 3)]
+    first, *rest = out.splitlines()
+    assert re.fullmatch(r"test on fold 1: 10 clips, accuracy \d\.\d{4}, macro_f1 \d\.\d{4}, loss \d\.\d{4}", first)
+    assert [name for name in world.classes if not any(name in line for line in rest)] == []
+    assert rest[-2:] == [f"checkpoint  {world.run_folder / 'epoch-00003'}", f"run folder  {world.run_folder}"]
+
+
+def test_a_run_folder_holds_the_whole_record(world: World) -> None:
+    config = from_flat({**TINY, "train.epochs": 3, "data.path": "packed"})
+    assert world.run_folder.name == f"first-{signature(config)}"
+    found = {path.relative_to(world.run_folder).as_posix() for path in world.run_folder.rglob("*") if path.is_file()}
+    assert {name for name in found if not name.startswith("epoch-")} == {
+        "config.yaml",
+        "curves.png",
+        "metrics.jsonl",
+        "test/confusion.png",
+        "test/metrics.json",
+        "test/per_class.csv",
+    }
+    assert sorted(path.name for path in world.run_folder.glob("epoch-*")) == ["epoch-00002", "epoch-00003"]
+    rows = [json.loads(line) for line in (world.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 3]
+    assert (
+        rows[-1]["test/accuracy"] == json.loads((world.run_folder / "test/metrics.json").read_text())["test/accuracy"]
+    )
+
+
+def test_the_same_command_again_says_that_it_is_done(world: World) -> None:
+    before = {path: path.stat().st_mtime_ns for path in world.run_folder.rglob("*")}
+    again = meamtm_command("train", "run.yaml")
+    assert again.code == 0
+    first, *rest = again.out.splitlines()
+    assert first == "this run is done; nothing was trained. Change a setting or `name` for another one."
+    assert rest == world.train.out.splitlines()
+    assert {path: path.stat().st_mtime_ns for path in world.run_folder.rglob("*")} == before
+
+
+def test_an_interrupted_run_says_so_and_the_same_command_finishes_it(world: World) -> None:
+    words = ("train", "run.yaml", "name=long", "train.epochs=24")
+    runs = world.folder / "runs"
+
+    def interrupt() -> None:
+        while not list(runs.glob("long-*/epoch-00002*")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    stopped = meamtm_command(*words)
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert stopped.code == 1
+    assert stopped.out == ""
+    last = stopped.err.splitlines()[-1]
+    assert re.fullmatch(r"meamtm: stopped after \d+ epochs and \d+ batches; the same command continues", last)
+    done = meamtm_command(*words, "--resume")
+    assert done.code == 0
+    assert "continuing " in done.err
+    [folder] = runs.glob("long-*")
+    assert newest(folder) == folder / "epoch-00024"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(1, 25), 24]
+
+
+def test_resume_wants_something_to_continue(world: World) -> None:
+    refused = meamtm_command("train", "run.yaml", "name=new", "--resume")
+    assert refused.code == 2
+    assert re.fullmatch(r"meamtm: --resume: .*new-\w{8} holds no checkpoint to continue; leave .*\n", refused.err)
+
+
+def test_evaluate_gives_what_train_gave(world: World) -> None:
+    for place in (world.run_folder, world.run_folder / "epoch-00003"):
+        found = meamtm_command("evaluate", place)
+        assert (found.code, found.err) == (0, "")
+        assert found.out.splitlines() == world.train.out.splitlines()[:-2]
+
+
+def test_evaluate_takes_another_fold_or_other_data(world: World, packed: Path) -> None:
+    assert meamtm_command("evaluate", world.run_folder, "--fold", 2).out.startswith("test on fold 2: 10 clips, ")
+    other = meamtm_command("evaluate", world.run_folder, "--data", packed)
+    assert other.out.startswith("test on all clips: 100 clips, ")
+    assert meamtm_command("evaluate", world.run_folder, "--data", packed, "--fold", 3).out.startswith(
+        "test on fold 3: 20 clips, "
+    )
+
+
+def test_predict_names_sounds_and_says_why_it_cannot(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    sound = sorted((world.folder / "sounds").rglob("*.wav"))[0]
+    for name in ("[bold]a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(sound.read_bytes())
+    (tmp_path / "text.wav").write_text("text")
+    done = meamtm_command("predict", world.run_folder, tmp_path)
+    assert (done.code, done.err) == (0, "")
+    bold, plain, text = (
+        next(line.split("│") for line in done.out.splitlines() if name in line)
+        for name in ("[bold]a.wav", "b.wav", "text.wav")
+    )
+    assert plain[2].strip() in world.classes
+    assert bold[2:] == plain[2:]  # the same sound, whatever its file is called
+    assert text[2].strip().startswith("cannot be decoded: ")
+
+
+def test_predict_writes_a_csv(world: World, tmp_path: Path) -> None:
+    done = meamtm_command("predict", world.run_folder, "sounds", "--out", tmp_path / "out.csv")
+    assert done == (0, f"50 files: {tmp_path / 'out.csv'}\n", "")
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 50
+    assert all(sum(float(row[name]) for name in world.classes) == pytest.approx(1, abs=1e-4) for row in rows)
+
+
+def test_predict_agrees_with_evaluate(world: World, tmp_path: Path) -> None:
+    meamtm_command("predict", world.run_folder, "sounds", "--out", tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        named = {Path(row["path"]).stem: row["class"] for row in csv.DictReader(file)}
+    with (world.folder / "sounds" / "synth.csv").open(newline="", encoding="utf-8") as file:
+        truth = {Path(row["filename"]).stem: row for row in csv.DictReader(file)}
+    held_out = [name for name, row in truth.items() if row["fold"] == "1"]
+    accuracy = np.mean([named[name] == truth[name]["category"] for name in held_out])
+    assert f"accuracy {accuracy:.4f}" in world.train.out
+
+
+def test_embed_writes_an_array_and_names_what_it_left_out(world: World, tmp_path: Path) -> None:
+    (tmp_path / "text.wav").write_text("text")
+    done = meamtm_command("embed", world.run_folder, "sounds", tmp_path / "text.wav", "--out", tmp_path / "out.npz")
+    assert done.code == 0
+    assert done.out == f"50 embeddings of width 16: {tmp_path / 'out.npz'}\n"
+    assert done.err.startswith(f"{tmp_path / 'text.wav'}: cannot be decoded: ")
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["embedding"].shape == (50, 16)
+        assert found["embedding"].std(0).max() > 0
+
+
+def test_a_checkpoint_that_was_moved_still_predicts(world: World, tmp_path: Path) -> None:
+    (world.run_folder / "epoch-00002").rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "renamed")
+    saved = load_model(tmp_path / "renamed")
+    assert saved.labels.classes == world.classes
+    assert meamtm_command("predict", tmp_path / "renamed", "sounds", "--out", tmp_path / "out.csv").code == 0
+    (tmp_path / "renamed").rename(world.run_folder / "epoch-00002")
+
+
+def test_the_installed_command_exits_with_two_and_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("optim: {lrr: 1}")
+    command = [str(Path(sys.executable).with_name("meamtm")), "show", "run.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "meamtm: optim.lrr=1: no such key; did you mean optim.lr?\n"
