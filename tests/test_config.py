@@ -283,7 +283,7 @@ def test_every_message_of_the_schema_is_pinned_above() -> None:
 def _pattern(message: ast.expr) -> str:
     """An f-string as a regular expression in which any value may stand."""
     assert isinstance(message, ast.JoinedStr)
-    return "".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".*" for part in message.values)
+    return "".join(re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".*" for part in message.values)
 
 
 @pytest.mark.parametrize(

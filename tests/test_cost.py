@@ -35,6 +35,7 @@ def test_parameters_are_the_models_own(changes: dict[str, Any], num_labels: int)
     model = AudioTransformer(config, num_labels)
     found = cost(config, num_labels)
     assert found.num_params == sum(parameter.numel() for parameter in model.parameters())
+    assert model.encoder.pos_embed is not None
     assert found.num_tokens == model.encoder.pos_embed.shape[1]
 
 

@@ -1,6 +1,7 @@
 """Files in, one answer per file out; what cannot be read is answered with the reason."""
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from meamtm.config import from_flat
 from meamtm.errors import DataError
-from meamtm.inference.predict import check_any, classify_files, embed_files, find_audio, write_csv, write_npz
+from meamtm.inference.predict import Answer, check_any, classify_files, embed_files, find_audio, write_csv, write_npz
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import Labels, Saved
 
@@ -53,6 +54,13 @@ def write(path: Path, waveform: np.ndarray, rate_hz: int = RATE_HZ) -> Path:
     return path
 
 
+def heard(answers: Iterable[Answer]) -> list[np.ndarray]:
+    """The numbers of answers that all have some."""
+    values = [answer.values for answer in answers if answer.values is not None]
+    assert values
+    return values
+
+
 def expected(saved: Saved, waveform: np.ndarray) -> np.ndarray:
     """The model's own answer to samples as a 16-bit file holds them."""
     samples = torch.from_numpy(np.rint(waveform * 32_768).astype(np.float32) / 32_768)[None]
@@ -79,28 +87,28 @@ def test_a_file_of_the_trained_length_is_answered_by_the_model_itself(saved: Sav
     path = write(tmp_path / "a.wav", noise(4_000))
     [answer] = classify_files(saved, [path])
     assert (answer.path, answer.problem) == (path, "")
-    assert answer.values is not None
-    np.testing.assert_allclose(answer.values, expected(saved, noise(4_000)), atol=1e-6)
-    assert answer.values.sum() == pytest.approx(1, abs=1e-6)
+    [values] = heard([answer])
+    np.testing.assert_allclose(values, expected(saved, noise(4_000)), atol=1e-6)
+    assert values.sum() == pytest.approx(1, abs=1e-6)
 
 
 def test_a_long_file_is_the_mean_of_windows_that_cover_it(saved: Saved, tmp_path: Path) -> None:
-    [answer] = classify_files(saved, [write(tmp_path / "a.wav", noise(10_000))])
+    [answer] = heard(classify_files(saved, [write(tmp_path / "a.wav", noise(10_000))]))
     windows = [noise(10_000)[start : start + 4_000] for start in (0, 3_000, 6_000)]
-    np.testing.assert_allclose(answer.values, np.mean([expected(saved, part) for part in windows], axis=0), atol=1e-6)
+    np.testing.assert_allclose(answer, np.mean([expected(saved, part) for part in windows], axis=0), atol=1e-6)
 
 
 def test_a_short_file_is_padded_with_silence(saved: Saved, tmp_path: Path) -> None:
-    [answer] = classify_files(saved, [write(tmp_path / "a.wav", noise(700))])
-    np.testing.assert_allclose(answer.values, expected(saved, np.pad(noise(700), (0, 3_300))), atol=1e-6)
+    [answer] = heard(classify_files(saved, [write(tmp_path / "a.wav", noise(700))]))
+    np.testing.assert_allclose(answer, expected(saved, np.pad(noise(700), (0, 3_300))), atol=1e-6)
 
 
 def test_a_file_of_many_windows_is_heard_to_its_end(saved: Saved, tmp_path: Path) -> None:
     """40 windows, more than are computed at once; all of them silent but the last."""
     sound = np.concatenate([np.zeros(39 * 4_000, np.float32), noise(4_000)])
-    [answer] = classify_files(saved, [write(tmp_path / "a.wav", sound)])
+    [answer] = heard(classify_files(saved, [write(tmp_path / "a.wav", sound)]))
     silence, last = expected(saved, np.zeros(4_000, np.float32)), expected(saved, noise(4_000))
-    np.testing.assert_allclose(answer.values, (39 * silence + last) / 40, atol=1e-6)
+    np.testing.assert_allclose(answer, (39 * silence + last) / 40, atol=1e-6)
 
 
 def test_files_of_any_rate_and_channels_are_heard(saved: Saved, tmp_path: Path) -> None:
@@ -108,8 +116,8 @@ def test_files_of_any_rate_and_channels_are_heard(saved: Saved, tmp_path: Path) 
     tone = 0.3 * np.sin(2 * np.pi * 440 * time_s).astype(np.float32)
     low_tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(4_000) / RATE_HZ).astype(np.float32)
     stereo = write(tmp_path / "stereo.flac", np.stack([tone, tone], axis=1), 44_100)
-    [answer] = classify_files(saved, [stereo])
-    np.testing.assert_allclose(answer.values, expected(saved, low_tone), atol=0.02)
+    [answer] = heard(classify_files(saved, [stereo]))
+    np.testing.assert_allclose(answer, expected(saved, low_tone), atol=0.02)
 
 
 def test_one_file_that_cannot_be_read_leaves_the_others_answered(saved: Saved, tmp_path: Path) -> None:
@@ -125,16 +133,15 @@ def test_one_file_that_cannot_be_read_leaves_the_others_answered(saved: Saved, t
 
 def test_several_labels_get_probabilities_of_their_own(tmp_path: Path) -> None:
     several = made(multi_label=True)
-    [answer] = classify_files(several, [write(tmp_path / "a.wav", noise(4_000))])
+    [answer] = heard(classify_files(several, [write(tmp_path / "a.wav", noise(4_000))]))
     samples = torch.from_numpy(np.rint(noise(4_000) * 32_768).astype(np.float32) / 32_768)[None]
     with torch.inference_mode():
-        np.testing.assert_allclose(answer.values, several.model(samples).sigmoid()[0], atol=1e-6)
+        np.testing.assert_allclose(answer, several.model(samples).sigmoid()[0], atol=1e-6)
 
 
 def test_embeddings_are_as_wide_as_the_encoder_and_tell_sounds_apart(saved: Saved, tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{seed}.wav", noise(9_000, seed)) for seed in (0, 0, 1)]
-    first, again, other = (answer.values for answer in embed_files(saved, paths))
-    assert first is not None
+    first, again, other = heard(embed_files(saved, paths))
     assert first.shape == (8,)
     assert np.array_equal(first, again)
     assert not np.allclose(first, other)
@@ -149,8 +156,9 @@ def test_a_csv_has_a_line_for_every_file(saved: Saved, tmp_path: Path) -> None:
         good, bad = csv.DictReader(file)
     assert list(good) == ["path", "class", *CLASSES, "problem"]
     assert good["path"] == str(paths[0])
-    assert good["class"] == CLASSES[int(answers[0].values.argmax())]
-    assert [float(good[name]) for name in CLASSES] == pytest.approx(answers[0].values.tolist(), abs=1e-6)
+    [values] = heard(answers)
+    assert good["class"] == CLASSES[int(values.argmax())]
+    assert [float(good[name]) for name in CLASSES] == pytest.approx(values.tolist(), abs=1e-6)
     assert bad == {"path": str(paths[1]), "class": "", **dict.fromkeys(CLASSES, ""), "problem": answers[1].problem}
 
 
@@ -161,7 +169,7 @@ def test_an_npz_has_the_readable_files_alone(saved: Saved, tmp_path: Path) -> No
     assert write_npz(tmp_path / "out.npz", answers) == 1
     with np.load(tmp_path / "out.npz") as found:  # without pickle, which is NumPy's default
         assert found["path"].tolist() == [str(paths[1])]
-        assert np.array_equal(found["embedding"], [answers[1].values])
+        assert np.array_equal(found["embedding"], heard(answers))
 
 
 def test_nothing_that_can_be_read_is_an_error(saved: Saved, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_patch_is_mapped_linearly_and_alone() -> None:
     stem = PatchStem((8, 8), (4, 4), 3, (4, 4))
     image = torch.randn(1, 1, 8, 8)
     patch = image[0, 0, 4:, :4].flatten()
-    expected = stem.proj.weight.flatten(1) @ patch + stem.proj.bias
+    expected = torch.nn.functional.linear(patch, stem.proj.weight.flatten(1), stem.proj.bias)
     torch.testing.assert_close(stem(image)[0, 1, 0], expected)
 
 
