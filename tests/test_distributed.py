@@ -1,21 +1,15 @@
-"""A run on real Ray Train workers: same numbers as a plain one, continued after a kill, mistakes told."""
+"""A run on real Ray Train workers: same numbers as a plain one, mistakes told."""
 
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from tiny import PLAIN, Record, local, tiny
 
 from meamtm.distributed import run
 from meamtm.errors import ConfigError
-from meamtm.training.run import run_folder
 from meamtm.training.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -43,32 +37,6 @@ def test_two_workers_give_the_losses_of_a_plain_run(packed: Path, cache_dir: Pat
     assert together.column("valid/loss") == pytest.approx(alone.column("valid/loss"), abs=1e-4)
     assert outcome.checkpoint.name == "epoch-00003"
     assert outcome.evaluation is not None
-
-
-def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_been(
-    packed: Path, cache_dir: Path, tmp_path: Path
-) -> None:
-    changes = {**WORKERS, "train.epochs": 12}
-    plain = run(tiny(packed, cache_dir, tmp_path / "calm", changes))
-    config = tiny(packed, cache_dir, tmp_path / "killed", changes)
-    killed: list[int] = []
-
-    def kill_a_worker() -> None:
-        while not (run_folder(config) / "epoch-00002").exists():
-            time.sleep(0.02)
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-        mine = [worker for worker in workers if os.getpid() in {parent.pid for parent in worker.parents()}]
-        os.kill(mine[0].pid, signal.SIGKILL)
-        killed.append(mine[0].pid)
-
-    thread = threading.Thread(target=kill_a_worker, daemon=True)
-    thread.start()
-    record = Record()
-    outcome = run(config, (record,))
-    thread.join(1)
-    assert killed, "nothing was killed, so nothing is shown"
-    assert record.column("epoch") == list(range(1, 13))
-    assert outcome.metrics["train/loss"] == pytest.approx(plain.metrics["train/loss"], abs=1e-5)
 
 
 def test_a_mistake_on_a_worker_is_told_as_it_is(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
