@@ -38,11 +38,11 @@ def test_a_mixed_target_gives_the_mixed_loss(multi_label: bool) -> None:
 
 
 def test_smoothing_moves_several_labels_towards_a_half() -> None:
-    certain = torch.tensor([[20.0, -20.0]])
-    target = torch.tensor([[1.0, 0.0]])
+    certain = torch.tensor([[20.0, -20.0, -20.0]])
+    target = torch.tensor([[1.0, 0.0, 0.0]])
     sharp = clip_losses(certain, target, multi_label=True, smoothing=0.0)
     smooth = clip_losses(certain, target, multi_label=True, smoothing=0.2)
-    torch.testing.assert_close(smooth - sharp, torch.tensor([2 * 0.1 * 20]))  # a tenth of each label's logit
+    torch.testing.assert_close(smooth - sharp, torch.tensor([3 * 0.1 * 20]))  # a tenth of each label's logit
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
