@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meamtm.config import flatten, signature
+from meamtm.config import build, flatten, signature
 from meamtm.errors import ConfigError
 from tune.plan import load_plan
 from tune.space import Range, Space, decode, encode
@@ -62,9 +62,9 @@ def test_encoded_choices_come_back_as_they_were(value):
 
 def test_keys_are_asked_after_those_in_their_conditions():
     ranges = {
-        "c": Range(choice=("x",), when={"b": 1}),
-        "b": Range(integer=(1, 2), when={"a": True}),
-        "a": Range(choice=(True, False)),
+        "c": build(Range, {"choice": ["x"], "when": {"b": 1}}),
+        "b": build(Range, {"int": [1, 2], "when": {"a": True}}),
+        "a": build(Range, {"choice": [True, False]}),
     }
     space = Space(ranges)
     assert list(space.ranges) == ["a", "b", "c"]

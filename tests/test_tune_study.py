@@ -1,6 +1,8 @@
 """Real studies on a real cluster: from the first suggestion to the test fold, through kills and back."""
 
+import csv
 import json
+import logging
 import os
 import re
 import signal
@@ -9,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -19,12 +22,14 @@ from tiny import TINY
 
 from meamtm.config import load
 from meamtm.errors import ConfigError
+from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
 from meamtm.training.run import absolute, finished, run_folder
 from tune.__main__ import main
 from tune.history import open_study
+from tune.interrupt import interruptible
 from tune.plan import Plan, load_plan
-from tune.result import read_result
+from tune.result import Result, read_result
 from tune.study import run_study
 
 # Ray Data, which Ray Train sets up beside every run, builds its own defaults in a way that it calls deprecated.
@@ -38,7 +43,7 @@ def cluster():
     """Two CPUs for all studies of this module that run in this process."""
     mine = not ray.is_initialized()
     if mine:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     if mine:
         ray.shutdown()
@@ -46,27 +51,41 @@ def cluster():
 
 @pytest.fixture
 def study(tmp_path: Path, packed: Path, cache_dir: Path) -> Path:
-    """A study file of four trials of four epochs, everything of which lies in this test's folder."""
+    """A study file of this test's own."""
+    return write_study(tmp_path, packed, cache_dir)
+
+
+def write_study(folder: Path, packed: Path, cache_dir: Path) -> Path:
+    """Writes a study of four trials of four epochs, everything of which lies in one folder."""
     places = {
         "data.path": str(packed),
         "data.cache_dir": str(cache_dir),
         "data.valid_fold": 2,
-        "runs_dir": str(tmp_path / "runs"),
+        "runs_dir": str(folder / "runs"),
         "tracking.mlflow": True,
-        "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
+        "tracking.uri": f"sqlite:///{folder}/mlflow.db",
     }
     settings = {
         "name": "tiny",
-        "studies_dir": str(tmp_path / "studies"),
-        "set": {**TINY, **places},
+        "studies_dir": str(folder / "studies"),
+        "set": {key: value for key, value in {**TINY, **places}.items() if key not in SPACE},
         "space": SPACE,
         "trials": 4,
         "asha": {"grace_epochs": 1, "reduction": 2},
     }
-    del settings["set"]["optim.lr"], settings["set"]["encoder.depth"]
-    path = tmp_path / "study.yaml"
+    path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+class Finished(NamedTuple):
+    """A study that ran: its file, its plan, what it found first and in the end, and what it said."""
+
+    path: Path
+    plan: Plan
+    first: Result
+    result: Result
+    lines: list[str]
 
 
 def states(plan: Plan) -> Counter[str]:
@@ -77,10 +96,10 @@ def recorded(plan: Plan) -> dict[str, list[Run]]:
     """MLflow's runs by the name of their parent, "" for those without."""
     client = connect(str(plan.base.tracking.uri))
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    names = {run.info.run_id: run.info.run_name for run in runs}
+    names = {run.info.run_id: str(run.info.run_name) for run in runs}
     below: dict[str, list[Run]] = {}
     for run in runs:
-        below.setdefault(names.get(run.data.tags.get("mlflow.parentRunId"), ""), []).append(run)
+        below.setdefault(names.get(run.data.tags.get("mlflow.parentRunId", ""), ""), []).append(run)
     return below
 
 
@@ -106,64 +125,6 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
     pytest.fail(f"{text!r} was never said:\n{said}")
 
 
-@pytest.mark.ray
-def test_a_study_goes_from_suggestions_to_the_test_fold(cluster, study, capsys):
-    plan = load_plan(study)
-    lines: list[str] = []
-    result = run_study(plan, lines.append)
-
-    trials = open_study(plan).trials
-    assert states(plan).keys() <= {"COMPLETE", "PRUNED"}
-    assert states(plan).total() == 4
-    for trial in trials:
-        epochs = sorted(trial.intermediate_values)
-        assert epochs == list(range(1, len(epochs) + 1))
-        assert (trial.state.name == "COMPLETE") == (len(epochs) == 4)
-        assert trial.value == trial.intermediate_values[epochs[-1]]
-        assert {"ray_trial_id", "mlflow_run_id", "signature"} <= trial.user_attrs.keys()
-    assert sum(re.match(r" +\d/4 +trial", line) is not None for line in lines) == 4
-
-    below = recorded(plan)
-    assert sorted(run.info.run_name for run in below[plan.name]) == [f"trial-000{number}" for number in range(4)]
-    assert {run.info.status for runs in below.values() for run in runs} == {"FINISHED"}
-    for run in below[plan.name]:
-        trial = trials[int(run.data.tags["optuna.trial"])]
-        assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
-        assert run.data.tags["outcome"] == {"COMPLETE": "complete", "PRUNED": "pruned"}[trial.state.name]
-        assert float(run.data.params["optim.lr"]) == trial.params["optim.lr"]
-        history = connect(str(plan.base.tracking.uri)).get_metric_history(run.info.run_id, "valid/accuracy")
-        assert {point.step: point.value for point in history} == trial.intermediate_values
-
-    best = load(plan.folder / "best.yaml")
-    assert best.data.valid_fold is None
-    assert run_folder(absolute(best)) == Path(result.run_folder)
-    again = finished(absolute(best))
-    assert again is not None, "`meamtm train best.yaml` finds its run done"
-    assert again.evaluation is not None
-    assert again.evaluation.metrics == result.test
-    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    assert result.best_row.value == max(trial.value for trial in complete)
-    names = {path.name for path in (plan.folder / "report").iterdir()}
-    assert {"trials.csv", "history.png", "parallel.png", "slice-optim.lr.png", "slice-encoder.depth.png"} <= names
-
-    assert run_study(plan, pytest.fail) == result == read_result(plan)
-    call(["report", str(study)])
-    assert "importances" in capsys.readouterr().out
-
-
-@pytest.mark.ray
-def test_more_trials_continue_the_same_study(cluster, study):
-    few = load_plan(study, ["trials=1", "train.epochs=1"])
-    first = run_study(few, str)
-    more = load_plan(study, ["trials=3", "train.epochs=1"])
-    result = run_study(more, str)
-    assert result.study == first.study
-    assert result.rows[:1] == first.rows
-    assert states(more) == {"COMPLETE": 3}
-    assert len({row.point["optim.lr"] for row in result.rows}) == 3
-    assert len(recorded(more)[more.name]) == 3
-
-
 def call(words: list[str]) -> None:
     """Runs the command in this process."""
     before, sys.argv = sys.argv, ["tune", *words]
@@ -176,17 +137,95 @@ def call(words: list[str]) -> None:
         sys.argv = before
 
 
+@pytest.fixture(scope="module")
+def finished_study(cluster, tmp_path_factory, packed, cache_dir) -> Finished:
+    """A study of two trials that was then asked for four; its tests only look."""
+    path = write_study(tmp_path_factory.mktemp("finished"), packed, cache_dir)
+    lines: list[str] = []
+    first = run_study(load_plan(path, ["trials=2"]), lines.append)
+    plan = load_plan(path)
+    return Finished(path, plan, first, run_study(plan, lines.append), lines)
+
+
 @pytest.mark.ray
+def test_more_trials_continue_the_same_study(finished_study):
+    first, result = finished_study.first, finished_study.result
+    assert result.study == first.study
+    assert result.rows[:2] == first.rows
+    assert len(result.rows) == 4
+    assert len({row.point["optim.lr"] for row in result.rows}) == 4
+    assert sum(re.match(r" +\d/[24]  trial \d", line) is not None for line in finished_study.lines) == 4
+
+
+@pytest.mark.ray
+def test_optuna_holds_the_truth_about_every_trial(finished_study):
+    trials = open_study(finished_study.plan).trials
+    assert len(trials) == 4
+    for trial in trials:
+        epochs = sorted(trial.intermediate_values)
+        assert epochs == list(range(1, len(epochs) + 1))
+        assert trial.state.name == ("COMPLETE" if len(epochs) == 4 else "PRUNED")
+        assert trial.value == trial.intermediate_values[epochs[-1]]
+        assert {"ray_trial_id", "mlflow_run_id", "signature"} <= trial.user_attrs.keys()
+    assert any(trial.state.name == "COMPLETE" for trial in trials)
+
+
+@pytest.mark.ray
+def test_mlflow_shows_the_study_and_a_run_below_it_for_each_trial(finished_study):
+    plan, trials = finished_study.plan, open_study(finished_study.plan).trials
+    below = recorded(plan)
+    assert sorted(str(run.info.run_name) for run in below[plan.name]) == [f"trial-000{number}" for number in range(4)]
+    assert {run.info.status for runs in below.values() for run in runs} == {"FINISHED"}
+    for run in below[plan.name]:
+        trial = trials[int(run.data.tags["optuna.trial"])]
+        assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
+        assert run.data.tags["outcome"] == {"COMPLETE": "complete", "PRUNED": "pruned"}[trial.state.name]
+        assert float(run.data.params["optim.lr"]) == trial.params["optim.lr"]
+        history = connect(str(plan.base.tracking.uri)).get_metric_history(run.info.run_id, "valid/accuracy")
+        assert {point.step: point.value for point in history} == trial.intermediate_values
+
+
+@pytest.mark.ray
+def test_meamtm_train_takes_best_yaml_as_it_is_and_finds_its_run_done(finished_study):
+    plan, result = finished_study.plan, finished_study.result
+    best = absolute(load(plan.folder / "best.yaml"))
+    assert best.data.valid_fold is None
+    assert run_folder(best) == Path(result.run_folder)
+    again = finished(best)
+    assert again is not None
+    assert again.evaluation is not None
+    assert again.evaluation.metrics == result.test
+    complete = [row.value for row in result.rows if row.state == "COMPLETE"]
+    assert result.best_row.value == max(value for value in complete if value is not None)
+
+
+@pytest.mark.ray
+def test_a_finished_study_is_not_run_again_and_reports_itself(finished_study, capsys):
+    plan = finished_study.plan
+    assert run_study(plan, pytest.fail) == finished_study.result == read_result(plan)
+    call(["report", str(finished_study.path)])
+    assert "importances" in capsys.readouterr().out
+    names = {path.name for path in (plan.folder / "report").iterdir()}
+    assert {"trials.csv", "history.png", "parallel.png", "slice-optim.lr.png", "slice-encoder.depth.png"} <= names
+    with (plan.folder / "report" / "trials.csv").open() as file:
+        assert [row["trial"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_trials_and_the_best_run_train_on_ray_workers(study):
-    words = ["trials=2", "train.epochs=2", "scale.workers=2", "asha.enabled=false"]
+    words = ["trials=1", "train.epochs=2", "scale.workers=2"]
     plan = load_plan(study, words)
     driver = command(study, *words)
-    said, _ = driver.communicate(timeout=280)
+    said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
-    assert states(plan) == {"COMPLETE": 2}
-    for trial in open_study(plan).trials:
-        assert sorted(trial.intermediate_values) == [1, 2]
-        assert Path(trial.user_attrs["checkpoint"]).name == "epoch-00002"
+    (trial,) = open_study(plan).trials
+    assert trial.state.name == "COMPLETE"
+    assert sorted(trial.intermediate_values) == [1, 2]
+    checkpoint = Path(trial.user_attrs["checkpoint"])
+    assert checkpoint.name == "epoch-00002"
+    lines = read_rows(checkpoint.parent / "metrics.jsonl")
+    assert {row["step"]: row["valid/accuracy"] for row in lines} == trial.intermediate_values
     assert {run.info.status for runs in recorded(plan).values() for run in runs} == {"FINISHED"}
     result = read_result(plan)
     assert result is not None
@@ -200,7 +239,7 @@ def test_failed_trials_are_failures_everywhere_and_end_the_study(cluster, study)
     study.write_text(yaml.safe_dump(settings))
     plan = load_plan(study, ["max_failed_trials=1"])
     with pytest.raises(ConfigError, match=r"max_failed_trials=1: 2 trials have failed.*optim.name"):
-        run_study(plan, str)
+        run_study(plan, lambda _: None)
     assert states(plan)["FAIL"] == 2
     assert states(plan).keys() <= {"FAIL", "WAITING"}
     below = recorded(plan)
@@ -214,23 +253,23 @@ def test_failed_trials_are_failures_everywhere_and_end_the_study(cluster, study)
 @pytest.mark.ray
 def test_a_time_budget_ends_the_search(cluster, study):
     """Trials without a finished epoch, as on a busy machine, are left to a longer budget."""
-    plan = load_plan(study, ["train.epochs=2000", "trials=2", "time_budget_s=20", "asha.enabled=false"])
+    plan = load_plan(study, ["train.epochs=2000", "trials=2", "time_budget_s=10", "asha.enabled=false"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tune.study._conclude", lambda *_: None)  # 2000 epochs of the best would take minutes
-        run_study(plan, str)
+        run_study(plan, lambda _: None)
     for trial in open_study(plan).trials:
         assert trial.state.name == ("PRUNED" if trial.intermediate_values else "WAITING")
-        assert trial.value == (trial.intermediate_values[trial.last_step] if trial.intermediate_values else None)
+        assert trial.value == (trial.intermediate_values[trial.last_step or 0] if trial.intermediate_values else None)
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_a_killed_study_is_continued_by_the_same_command(study):
     plan = load_plan(study)
-    driver = command(study)
-    wait_for(driver, "1/4")
-    children = psutil.Process(driver.pid).children(recursive=True)
-    driver.kill()
-    driver.wait()
+    with command(study) as driver:
+        wait_for(driver, "1/4")
+        children = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
     before = open_study(plan).trials
     assert any(trial.state.name == "RUNNING" for trial in before)
     busy = [child for child in children if "Agent" not in child.name()]  # which notice after a while, and idle
@@ -238,7 +277,7 @@ def test_a_killed_study_is_continued_by_the_same_command(study):
     assert not alive, "Ray's processes end with the driver that started them"
 
     driver = command(study)
-    said, _ = driver.communicate(timeout=240)
+    said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
     trials = open_study(plan).trials
     assert states(plan).keys() <= {"COMPLETE", "PRUNED"}
@@ -260,19 +299,19 @@ def test_a_killed_study_is_continued_by_the_same_command(study):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_study_that_is_told_to_stop_ends_its_runs_and_can_go_on(study, number):
+@pytest.mark.timeout(900)
+def test_a_study_that_is_told_to_stop_ends_its_runs_and_can_go_on(study):
     driver = command(study, "train.epochs=500", "asha.enabled=false")
     said = wait_for(driver, "to go")
     plan = load_plan(study, ["train.epochs=500", "asha.enabled=false"])
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 300
     while not (plan.folder / "optuna.db").exists() or not any(
         trial.intermediate_values for trial in open_study(plan).trials
     ):
         assert time.monotonic() < deadline_s, said
         time.sleep(0.5)
     began_s = time.monotonic()
-    driver.send_signal(number)
+    driver.send_signal(signal.SIGTERM)
     rest, _ = driver.communicate()
     assert time.monotonic() - began_s < 10
     assert driver.returncode == 1
@@ -280,6 +319,24 @@ def test_a_study_that_is_told_to_stop_ends_its_runs_and_can_go_on(study, number)
     assert "Traceback" not in rest
     assert states(plan).keys() == {"WAITING"}
     assert {run.info.status for runs in recorded(plan).values() for run in runs} == {"KILLED"}
+
+
+def interrupt_and_clean_up(number: signal.Signals) -> None:
+    """Interrupts itself, and is told to stop twice more while it cleans up."""
+    with interruptible():
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_interrupt_once(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_and_clean_up(number)
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize(
@@ -303,7 +360,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(study, words, message, capfd):
 
 def test_a_cluster_that_does_not_answer_gets_one_line_and_leaves_no_run_open(study):
     driver = command(study, "scale.address=127.0.0.1:9")
-    said, _ = driver.communicate(timeout=60)
+    said, _ = driver.communicate(timeout=200)
     assert driver.returncode == 2
     assert "tune: scale.address=127.0.0.1:9: no Ray cluster answers there" in said.splitlines()[-1]
     assert "Traceback" not in said

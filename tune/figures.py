@@ -72,9 +72,9 @@ def parallel_figure(rows: Sequence[Row], ranges: Mapping[str, Range], objective:
         heights = [_height(row.point[key], searched) if key in row.point else -0.12 for key, searched in ranges.items()]
         axes.plot(heights, color=colormaps["viridis"](norm(value)), lw=1.4 if row.state == "COMPLETE" else 0.6)
     for position, searched in enumerate(ranges.values()):
-        low, high = searched.corners()[0], searched.corners()[-1]
-        axes.annotate(_text(low), (position, 0), (3, 2), textcoords="offset points", fontsize=7)
-        axes.annotate(_text(high), (position, 1), (3, 2), textcoords="offset points", fontsize=7)
+        for corner in searched.corners():
+            at = (position, _height(corner, searched))
+            axes.annotate(_text(corner), at, (3, 2), textcoords="offset points", fontsize=7)
     axes.set_xticks(range(len(ranges)), list(ranges), rotation=30, ha="right", fontsize=8)
     axes.set_yticks([])
     axes.grid(axis="x", color="0.8")

@@ -17,6 +17,7 @@ from meamtm.tracking import MLflowSink, Status, resolve_uri
 from meamtm.training.run import run_folder
 from tune.history import judge, point_of, trained
 from tune.plan import Plan
+from tune.report import describe
 from tune.search import TruthfulSearch
 
 logger = logging.getLogger(__name__)
@@ -128,11 +129,6 @@ def end_all(sinks: Iterable[MLflowSink], status: Status) -> None:
     if sinks:
         with ThreadPoolExecutor(len(sinks)) as pool:
             list(pool.map(lambda sink: sink.close(status), sinks))
-
-
-def describe(point: Mapping[str, Any]) -> str:
-    """Searched keys and values in a few words."""
-    return ", ".join(f"{key} {v:.3g}" if isinstance(v, float) else f"{key} {v}" for key, v in point.items())
 
 
 def _is_metric(key: str, value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import csv
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from meamtm.config import Value
 from meamtm.errors import ConfigError
 from tune.history import open_study, rows
 from tune.plan import Plan
@@ -72,17 +73,21 @@ def _places(result: Result) -> dict[str, str]:
 
 
 def trials_table(trials: Sequence[Row], objective: str, best: int | None = None) -> Table:
-    """One line per trial: number, end, objective, epochs, seconds, searched keys."""
-    keys = list(dict.fromkeys(key for row in trials for key in row.point))
+    """One line per trial: number, end, objective, epochs, seconds, and the searched keys with their values."""
     table = Table(title="trials", title_justify="left", header_style="bold", padding=(0, 1))
-    for name in ("trial", "end", objective, "epochs", "s", *keys):
-        table.add_column(name, overflow="fold", justify="left" if name == "end" else "right")
+    for name in ("trial", "end", objective, "epochs", "s"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "end" else "right")
+    table.add_column("searched")
     for row in trials:
-        cells = [row.number, row.state.lower(), row.value, row.epochs, round(row.elapsed_s or 0)]
-        cells += [row.point.get(key, "") for key in keys]
+        cells = [row.number, row.state.lower(), row.value, row.epochs, round(row.elapsed_s or 0), describe(row.point)]
         style = "bold green" if row.number == best else "red" if row.state == "FAIL" else ""
         table.add_row(*map(_number, cells), style=style)
     return table
+
+
+def describe(point: Mapping[str, Value]) -> str:
+    """Searched keys and values in a few words."""
+    return ", ".join(f"{key} {_number(value)}" for key, value in point.items())
 
 
 def importances(study: "Study") -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -69,12 +70,10 @@ class TrialContext:
 
 def _train_here(run: RunConfig) -> None:
     torch.set_num_threads(run.scale.threads or max(1, int(run.scale.cpus_per_worker)))
-    folder = run_folder(run)
-    lines = JsonLines(folder / "metrics.jsonl")
-    found = newest(folder)
-    lines.start({}, {}, from_step=int(read_record(found)["epoch"]) if found else 0)
+    lines = JsonLines(run_folder(run) / "metrics.jsonl")
+    lines.start({}, {}, from_step=_epochs_done(run))
     try:
-        context = TrialContext(LocalContext(folder, choose_device(run.scale), sinks=[lines]))
+        context = TrialContext(LocalContext(run_folder(run), choose_device(run.scale), sinks=[lines]))
         metrics = train(run, context)
         if not context.has_reported:  # it was finished already when its driver died
             ray.tune.report(metrics)
@@ -83,6 +82,30 @@ def _train_here(run: RunConfig) -> None:
 
 
 def _train_on_workers(run: RunConfig) -> None:
-    metrics = make_trainer(run, callbacks=[TuneReportCallback()]).fit().return_value
+    metrics = make_trainer(run, callbacks=[TuneReportCallback(), _Lines(run)]).fit().return_value
     assert isinstance(metrics, dict), "every worker returns the last metrics"
     ray.tune.report(metrics)  # again, since the callback's last report may come after the end of this function
+
+
+def _epochs_done(run: RunConfig) -> int:
+    found = newest(run_folder(run))
+    return int(read_record(found)["epoch"]) if found is not None else 0
+
+
+class _Lines(ray.train.UserCallback):
+    """Keeps the metrics.jsonl of a run on Ray workers, from Ray's controller."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.path = run_folder(run) / "metrics.jsonl"
+        self.epochs = _epochs_done(run)
+        self.lines: JsonLines | None = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Writes rank 0's metrics; after a restart of the workers some epochs come again."""
+        del run_context, checkpoint
+        if self.lines is None:
+            self.lines = JsonLines(self.path)  # here, since an open file does not travel to the controller
+            self.lines.start({}, {}, from_step=self.epochs)
+        if (epoch := int(metrics[0]["epoch"])) > self.epochs:
+            self.lines.log(metrics[0], epoch)
+            self.epochs = epoch
