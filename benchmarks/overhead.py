@@ -4,7 +4,7 @@ The bare loop takes the very same model over waveforms, targets and masks that l
 loader, augmentation, mixing, averaging, gradient clipping, metrics, JSON lines, MLflow and a checkpoint per minute) is
 overhead. Epochs alternate, so that both see the same machine; medians and their ratio are printed and written as JSON.
 
-    python benchmarks/overhead.py [--config configs/esc10.yaml] [--epochs 5] [--data data/esc10]
+    python benchmarks/overhead.py [--config configs/esc10.yaml] [--epochs 15] [--data data/esc10]
 """
 
 import argparse
@@ -26,8 +26,9 @@ from meamtm.training.augment import spectrogram_mask
 from meamtm.training.context import LocalContext
 from meamtm.training.loss import clip_losses
 from meamtm.training.optim import make_optimizer
+from meamtm.training.prepare import to_float
 from meamtm.training.run import absolute, open_record, run_folder
-from meamtm.training.step import autocast, to_float
+from meamtm.training.step import autocast
 from meamtm.training.train import train
 
 
@@ -93,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/esc10.yaml")
     parser.add_argument("--data", default="data/esc10")
-    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=15)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         changes = {"data.path": options.data, "runs_dir": scratch, "train.epochs": options.epochs}

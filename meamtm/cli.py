@@ -39,9 +39,9 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="run fold
 
 def main() -> None:
     """Runs the command: 0 done, 2 the user's mistake in one line, 1 anything else."""
-    # Threads that wait by spinning take the core from those that work: 2.7 s instead of 1.0 s a step where another
-    # program runs. OpenMP reads this when torch is loaded, which is later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long while they wait take the core from those that work, and those that do not spin at all
+    # wake late for each small operation (docs/results.md). OpenMP reads this when torch is loaded, which is later.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("meamtm").setLevel(logging.INFO)
     try:

@@ -34,7 +34,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
     "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",  # as in cli.main
+    "GOMP_SPINCOUNT": "10000",  # as in cli.main
 }
 
 
@@ -91,7 +91,7 @@ def make_trainer(
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=NUM_KEPT),
             callbacks=list(callbacks),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}},
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "GOMP_SPINCOUNT": "10000"}},
         ),
     )
 

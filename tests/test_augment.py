@@ -133,10 +133,10 @@ def test_speed_stays_within_its_bound_and_pitch_follows() -> None:
     assert played.shape == tone.shape
     crossings = ((played[:, :-1] < 0) & (played[:, 1:] >= 0)).sum(1)  # (batch,): cycles of each clip
     speeds = crossings / cycles
-    assert float(speeds.min()) == pytest.approx(0.85, abs=0.01)
-    assert float(speeds.max()) == pytest.approx(1.15, abs=0.01)
+    assert float(speeds.min()) == pytest.approx(0.85, abs=1 / 64)
+    assert float(speeds.max()) == pytest.approx(1.15, abs=1 / 64)
     assert float(speeds.mean()) == pytest.approx(1.0, abs=0.03)
-    assert played.abs().max() <= 1
+    assert played.abs().max() <= 1 + 1e-6
 
 
 @given(seed=seeds, speed=st.floats(0.01, 0.5), num_samples=st.integers(2, 300))
@@ -149,7 +149,7 @@ def test_a_ramp_that_is_sped_up_stays_a_ramp_that_begins_again(seed: int, speed:
         rising = steps[steps >= 0]
         assert clip[0] == 0
         assert clip.min() >= 0
-        assert clip.max() <= num_samples - 1
+        assert clip.max() <= num_samples - 1 + 1e-4
         assert (steps < 0).sum() <= 2  # where it begins again, be it between two samples
         assert rising.max() <= 1 + speed + 1e-3
 

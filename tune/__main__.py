@@ -29,7 +29,7 @@ Changes = Annotated[
 
 def main() -> None:
     """Runs the command: 0 done, 2 the user's mistake in one line, 1 anything else."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in meamtm.cli.main
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.cli.main
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     words = sys.argv[1:]
     if words and words[0] not in ("report", "--help"):

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from meamtm.data.audio import read_audio
+from meamtm.data.audio import FULL_SCALE, read_audio
 from meamtm.errors import DataError
 from meamtm.training.checkpoint import Saved
-from meamtm.training.step import FULL_SCALE
 
 AUDIO = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 WINDOWS_AT_ONCE = 32

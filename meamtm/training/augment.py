@@ -1,6 +1,9 @@
 """Training clips -> changed training clips: waveforms are shifted, sped up, made louder, noisier and mixed;
 spectrograms are masked. Every draw comes from the generator that is passed in."""
 
+import math
+from functools import cache
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -9,16 +12,18 @@ from meamtm.config import AugmentConfig, MixConfig
 
 Waveform = Float[Tensor, "batch time"]
 Target = Float[Tensor, "batch label"]
+SPEED_STEPS = 64
+"""Playing speeds are n/64, 27 cents apart around 1."""
 NOISE_RANGE_DB = 30.0
 """Added noise lies from `augment.noise_db` up to this far above it."""
 
 
 def augment_waveform(waveform: Waveform, config: AugmentConfig, generator: torch.Generator) -> Waveform:
     """Changes each clip on its own; samples stay in about -1..1."""
-    waveform = _roll_and_speed(waveform, config, generator)
+    waveform = _roll_and_speed(waveform, config, generator)  # a new tensor, to be written over
     if config.gain_db > 0:
         gain_db = _uniform(len(waveform), -config.gain_db, config.gain_db, generator).to(waveform.device)
-        waveform = waveform * (10 ** (gain_db / 20))[:, None]
+        waveform.mul_((10 ** (gain_db / 20))[:, None])
     if config.noise_db is not None:
         waveform = _add_noise(waveform, config.noise_db, generator)
     return waveform
@@ -29,13 +34,15 @@ def mix(waveform: Waveform, target: Target, config: MixConfig, generator: torch.
     if config.kind == "none" or len(waveform) < 2 or _uniform(1, 0, 1, generator).item() >= config.prob:
         return waveform, target
     shift = int(torch.randint(1, len(waveform), (1,), generator=generator).item())
-    other, other_target = waveform.roll(shift, 0), target.roll(shift, 0)
+    other_target = target.roll(shift, 0)
     share = _beta(len(waveform), config.alpha, generator).to(waveform.device)
     weight, other_weight = share, 1 - share
     if config.kind == "between_class":
         loudness = torch.linalg.vector_norm(waveform, dim=1).clamp_min(1e-6)
         weight, other_weight = _loudness_weights(loudness, loudness.roll(shift), share)
-    mixed = torch.addcmul(waveform * weight[:, None], other, other_weight[:, None])
+    mixed = waveform * weight[:, None]
+    mixed[shift:].addcmul_(waveform[:-shift], other_weight[shift:, None])  # in two parts, for want of a rolled copy
+    mixed[:shift].addcmul_(waveform[-shift:], other_weight[:shift, None])
     return mixed, share[:, None] * target + (1 - share)[:, None] * other_target
 
 
@@ -52,27 +59,42 @@ def spectrogram_mask(
 
 
 def _roll_and_speed(waveform: Waveform, config: AugmentConfig, generator: torch.Generator) -> Waveform:
-    """Shifts each clip circularly and plays it faster or slower, round and round until the output is full."""
+    """Shifts each clip circularly and plays it faster or slower, round and round until the output is full.
+
+    Speed n/64 gives 64 samples for every n, each interpolated linearly between two: a product of frames of n samples
+    and one small matrix. 4x faster than reading between samples by index, which moves 16 bytes for 4.
+    """
     num_clips, num_samples = waveform.shape
+    num_frames = -(-num_samples // SPEED_STEPS)
     rolled = _uniform(num_clips, 0, 1, generator) < config.roll
     shifts = (torch.randint(0, num_samples, (num_clips,), generator=generator) * rolled).tolist()
-    speeds = _uniform(num_clips, 1 - config.speed, 1 + config.speed, generator).tolist()
-    time = torch.arange(num_samples, dtype=torch.float64, device=waveform.device)
-    out = torch.empty_like(waveform)
-    for row, clip, shift, speed in zip(out, waveform, shifts, speeds, strict=True):
-        rounds = torch.cat((clip[shift:], clip, clip[: shift + 1]))  # any start, and time for a speed up to 2
-        if config.speed > 0:
-            _interpolate(rounds, time * speed, row)
-        else:
-            row.copy_(rounds[:num_samples])
-    return out
+    slowest, fastest = math.ceil((1 - config.speed) * SPEED_STEPS), math.floor((1 + config.speed) * SPEED_STEPS)
+    speeds = torch.randint(slowest, fastest + 1, (num_clips,), generator=generator).tolist()
+    out = waveform.new_empty(num_clips, num_frames, SPEED_STEPS)
+    for played, clip, shift, speed in zip(out, waveform, shifts, speeds, strict=True):
+        heard = _circular(clip, shift, num_frames * speed + 1)
+        if speed == SPEED_STEPS:
+            played.copy_(heard[:-1].view(played.shape))
+            continue
+        torch.mm(heard[:-1].view(num_frames, speed), _interpolation(speed, waveform.device), out=played)
+        if speed < SPEED_STEPS:  # a frame's last sample lies between it and the next frame
+            played[:, -1].add_(heard[speed::speed], alpha=1 - speed / SPEED_STEPS)
+    return out.flatten(1)[:, :num_samples]
 
 
-def _interpolate(samples: Float[Tensor, " time"], position: Tensor, out: Float[Tensor, " position"]) -> None:
-    """Reads between samples, linearly. On a CPU 3x faster than F.interpolate (0.3 ms for 5 s at 16 kHz)."""
-    before = position.long()
-    fraction = (position - before).float()
-    torch.lerp(samples.index_select(0, before), samples.index_select(0, before + 1), fraction, out=out)
+@cache
+def _interpolation(speed: int, device: torch.device) -> Float[Tensor, "sample step"]:
+    """How much of each of a frame's `speed` samples is in each of the 64 that are played."""
+    position = torch.arange(SPEED_STEPS) * speed / SPEED_STEPS
+    return (1 - (position - torch.arange(speed)[:, None]).abs()).clamp_min(0).to(device)
+
+
+def _circular(clip: Float[Tensor, " time"], start: int, num_samples: int) -> Float[Tensor, " sample"]:
+    """Reads a clip from `start` on, and again from its beginning, as often as it takes."""
+    parts = [clip[start : start + num_samples]]
+    while (num_samples := num_samples - len(parts[-1])) > 0:
+        parts.append(clip[:num_samples])
+    return torch.cat(parts)
 
 
 def _add_noise(waveform: Waveform, lowest_db: float, generator: torch.Generator) -> Waveform:

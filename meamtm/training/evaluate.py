@@ -21,7 +21,8 @@ from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import Saved, load_model
 from meamtm.training.context import choose_device
 from meamtm.training.metrics import confusion, scores
-from meamtm.training.step import autocast, to_float
+from meamtm.training.prepare import to_float
+from meamtm.training.step import autocast
 
 
 @dataclass(frozen=True)

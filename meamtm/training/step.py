@@ -5,23 +5,17 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int16
 from timm.utils import ModelEmaV3  # type: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from meamtm.config import RunConfig
-from meamtm.data.loader import Batch
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.augment import augment_waveform, mix, spectrogram_mask
 from meamtm.training.loss import clip_losses
 from meamtm.training.optim import make_optimizer, set_lr
-
-FULL_SCALE = 32_768.0
-"""16-bit samples per unit of a float waveform."""
+from meamtm.training.prepare import TrainingBatch
 
 
 @dataclass
@@ -97,26 +91,14 @@ def _keep_buffers() -> dict[str, Any]:
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
-def train_step(learner: Learner, batch: Batch) -> None:
-    """Moves the weights by one batch.
-
-    All that is random in a step comes from its own seed, so that a resumed run needs no random state.
-    """
-    config, model = learner.config, learner.parallel
-    seed = step_seed(config.train.seed, learner.epoch, learner.batch, learner.rank)
-    torch.manual_seed(seed)  # stochastic depth, dropout and patchout draw from torch's own generator
-    generator = torch.Generator().manual_seed(seed)
-    device = learner.model.mel.mean.device
-    waveform = to_float(batch.waveform, device)
-    target = torch.from_numpy(batch.target).to(device)
-    waveform = augment_waveform(waveform, config.augment, generator)
-    waveform, target = mix(waveform, target, config.mix, generator)
-    size = (len(waveform), config.mel.num_bands, config.num_frames)
-    mask = spectrogram_mask(size, config.augment, generator)
-
-    with autocast(config, device):
-        logits = model(waveform, None if mask is None else mask.to(device))
-    losses = clip_losses(logits.float(), target, multi_label=learner.multi_label, smoothing=config.loss.label_smoothing)
+def train_step(learner: Learner, batch: TrainingBatch) -> None:
+    """Moves the weights by one batch."""
+    torch.manual_seed(batch.seed)  # stochastic depth, dropout and patchout draw from torch's own generator
+    config = learner.config
+    with autocast(config, batch.waveform.device):
+        logits = learner.parallel(batch.waveform, batch.mask)
+    smoothing = config.loss.label_smoothing
+    losses = clip_losses(logits.float(), batch.target, multi_label=learner.multi_label, smoothing=smoothing)
     loss = losses.sum() * learner.world_size / batch.num_global  # ranks average gradients, clips count alike
     loss.backward()
     _update(learner)
@@ -137,11 +119,6 @@ def _update(learner: Learner) -> None:
     learner.batch += 1
 
 
-def to_float(waveform: Int16[np.ndarray, "batch time"], device: torch.device) -> Float[Tensor, "batch time"]:
-    """Moves 16-bit samples to the device and brings them to -1..1 there."""
-    return torch.from_numpy(waveform).to(device).float().mul_(1 / FULL_SCALE)
-
-
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """Computes in bf16 where the config asks for it, or leaves it open and the device does so natively.
 
@@ -150,8 +127,3 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     wanted = config.train.precision == "bf16" or (config.train.precision == "auto" and native)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
-
-
-def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
-    """Mixes four numbers into a seed that is unlike its neighbours'."""
-    return int(np.random.SeedSequence((seed, epoch, batch, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -21,7 +21,8 @@ from meamtm.training.checkpoint import Labels, check_origin, load_state, read_re
 from meamtm.training.context import Context, Stopped
 from meamtm.training.evaluate import classify
 from meamtm.training.metrics import scores
-from meamtm.training.step import Learner, keep_freed_memory, make_learner, to_float, train_step
+from meamtm.training.prepare import to_float, training_batches
+from meamtm.training.step import Learner, keep_freed_memory, make_learner, train_step
 
 logger = logging.getLogger(__name__)
 NUM_MEASURED = 512
@@ -52,7 +53,8 @@ def train(config: RunConfig, context: Context) -> dict[str, float]:
     last_save_s = time.monotonic()
     while learner.epoch < config.train.epochs:
         began_s = time.monotonic()
-        for batch in loader.epoch(learner.epoch, start=learner.batch):
+        cursor = {"epoch": learner.epoch, "start": learner.batch, "rank": context.rank}
+        for batch in training_batches(loader, config, context.device, **cursor):
             train_step(learner, batch)
             if context.should_stop():
                 context.report({}, _save(learner, labels, metrics) if context.rank == 0 else None)
