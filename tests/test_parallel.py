@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from tiny import PLAIN, Record, local, tiny
+from torch import multiprocessing
 
-from meamtm.config import RunConfig, from_flat, flatten
+from meamtm.config import RunConfig, flatten, from_flat
 from meamtm.training.train import train
 
 STEMS = {
@@ -27,7 +27,7 @@ def _rank(rank: int, port: int, flat: dict, out: str) -> None:
     context = local(config, record)
     context.rank, context.world_size = rank, 2
     if rank == 1:
-        context.report = lambda metrics, checkpoint=None: None
+        context.report = lambda *_: None
     train(config, context)
     dist.destroy_process_group()
     if rank == 0:
