@@ -139,6 +139,18 @@ def test_speed_stays_within_its_bound_and_pitch_follows() -> None:
     assert played.abs().max() <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_every_sample_at_another_speed_lies_linearly_between_two(seed: int) -> None:
+    clip = torch.randn(1_000, generator=generator(5))
+    played = augment_waveform(clip[None], only(speed=0.5), generator(seed))[0]
+    twice, position = np.tile(clip.numpy(), 2), np.arange(1_000)
+    closest = min(
+        np.abs(np.interp(position * speed / 64, np.arange(2_000), twice) - played.numpy()).max()
+        for speed in range(32, 97)
+    )
+    assert closest < 1e-5
+
+
 @given(seed=seeds, speed=st.floats(0.01, 0.5), num_samples=st.integers(2, 300))
 @settings(max_examples=50, deadline=None)
 def test_a_ramp_that_is_sped_up_stays_a_ramp_that_begins_again(seed: int, speed: float, num_samples: int) -> None:
