@@ -4,17 +4,19 @@ The bare loop takes the very same model over waveforms, targets and masks that l
 loader, augmentation, mixing, averaging, gradient clipping, metrics, JSON lines, MLflow and a checkpoint per minute) is
 overhead. Epochs alternate, so that both see the same machine; medians and their ratio are printed and written as JSON.
 
-    python benchmarks/overhead.py [--config configs/esc10.yaml] [--epochs 15] [--data data/esc10]
+    python benchmarks/overhead.py [--config configs/esc10.yaml] [--epochs 25] [--data data/esc10]
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.cli.main; torch reads it when it is loaded
 import torch
 
 from meamtm.config import RunConfig, load
@@ -94,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/esc10.yaml")
     parser.add_argument("--data", default="data/esc10")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=25)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         changes = {"data.path": options.data, "runs_dir": scratch, "train.epochs": options.epochs}

@@ -1,8 +1,10 @@
 """Parameters -> optimizer, step number -> learning rate."""
 
+import inspect
 import math
+from typing import Any
 
-from timm.optim import create_optimizer_v2  # type: ignore[reportPrivateImportUsage]
+from timm.optim import create_optimizer_v2, get_optimizer_class  # type: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,13 +16,24 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Builds timm's optimizer, without weight decay on biases, norms and position embeddings."""
     try:
         optimizer = create_optimizer_v2(
-            model.encoder, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True
+            model.encoder,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            filter_bias_and_bn=True,
+            **_fused(config.name),
         )
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"optim.name={config.name!r}: timm cannot build it ({error}); see timm.optim.list_optimizers()"
         ) from error
     return optimizer
+
+
+def _fused(name: str) -> dict[str, Any]:
+    """Asks for one pass over all weights where the optimizer has it: AdamW takes a third of the time on a CPU."""
+    known = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    return {"fused": True} if "fused" in known else {}
 
 
 def set_lr(optimizer: Optimizer, config: OptimConfig, step: int, num_steps: int, steps_per_epoch: int) -> float:

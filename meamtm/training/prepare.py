@@ -42,9 +42,9 @@ def training_batches(
 def prepare(batch: Batch, config: RunConfig, device: torch.device, seed: int) -> TrainingBatch:
     """Augments, mixes and masks one batch."""
     generator = torch.Generator().manual_seed(seed)
-    waveform = to_float(batch.waveform, device)
+    samples = torch.from_numpy(batch.waveform).to(device)  # 16 bits each on their way
     target = torch.from_numpy(batch.target).to(device)
-    waveform = augment_waveform(waveform, config.augment, generator)
+    waveform = augment_waveform(samples, config.augment, generator)
     waveform, target = mix(waveform, target, config.mix, generator)
     size = (len(waveform), config.mel.num_bands, config.num_frames)
     mask = spectrogram_mask(size, config.augment, generator)
