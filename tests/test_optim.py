@@ -29,6 +29,7 @@ def course(config: OptimConfig, num_steps: int, steps_per_epoch: int = 10) -> li
 def tiny_model(pool: str = "cls") -> AudioTransformer:
     shape = {"data.clip_s": 0.5, "mel.sample_rate_hz": 8_000, "mel.num_bands": 16, "encoder.stem_channels": [8]}
     width = {"encoder.heads": 1, "encoder.head_dim": 8, "encoder.depth": 1, "encoder.pool": pool}
+    torch.manual_seed(0)
     return AudioTransformer(from_flat(shape | width), 3)
 
 
@@ -143,3 +144,9 @@ def test_an_optimizer_that_timm_does_not_know_is_refused() -> None:
     message = r"^optim\.name='adamx': timm cannot build it \(.*\); see timm\.optim\.list_optimizers\(\)$"
     with pytest.raises(ConfigError, match=message):
         make_optimizer(tiny_model(), optim(name="adamx"))
+
+
+@pytest.mark.parametrize(("name", "is_fused"), [("adamw", True), ("sgd", True), ("lion", False)])
+def test_one_pass_over_all_weights_where_the_optimizer_has_it(name: str, is_fused: bool) -> None:
+    optimizer = make_optimizer(tiny_model(), optim(name=name))
+    assert bool(optimizer.defaults.get("fused")) == is_fused

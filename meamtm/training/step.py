@@ -32,8 +32,8 @@ class Average(ModelEmaV3):
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:  # noqa: ARG002
         """Moves towards the model that was given at first, whose weights are changed in place."""
-        ours, theirs = zip(*self._averaged, strict=True)
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        ours, theirs = (list(weights) for weights in zip(*self._averaged, strict=True))
+        self._foreach_lerp_(ours, theirs, weight=1 - decay)
         for count, newer in self._counted:
             count.copy_(newer)
 
