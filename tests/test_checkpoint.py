@@ -84,7 +84,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert torch.equal(saved.model(waveform), model()(waveform))
     state = load_state(folder)
     assert state["counts"] == [1, 2]
-    assert torch.equal(state["model"]["encoder.pos_embed"], model(1).state_dict()["encoder.pos_embed"])
+    assert torch.equal(state["model"]["encoder.positions.grid"], model(1).state_dict()["encoder.positions.grid"])
 
 
 def test_its_config_is_complete(tmp_path: Path) -> None:

@@ -47,13 +47,14 @@ valid_changes = st.fixed_dictionaries(
         "mel.window_ms": st.floats(20, 1_000),
         "mel.hop_ms": st.floats(1, 15),
         "mel.fmax_hz": st.none() | st.floats(100, 4_000),
-        "mel.kind": st.sampled_from(["slaney", "htk"]),
+        "mel.kind": st.sampled_from(["slaney", "htk", "kaldi"]),
+        "mel.trainable": st.booleans(),
         "encoder.stem": st.sampled_from(["conv", "patch"]),
         "encoder.stem_channels": st.lists(st.integers(8, 4_096), min_size=1, max_size=5),
         "encoder.patch": st.tuples(st.integers(16, 64), st.integers(16, 64)).map(list),
         "encoder.stride": st.tuples(st.integers(1, 16), st.integers(1, 16)).map(list),
         "encoder.heads": st.integers(1, 64),
-        "encoder.pool": st.sampled_from(["mean", "cls", "attention"]),
+        "encoder.pool": st.sampled_from(["mean", "cls", "cls_dist", "attention"]),
         "augment.noise_db": st.none() | st.floats(0, 80),
         "augment.time_mask": fractions,
         "mix.alpha": st.floats(0.01, 20),
@@ -81,9 +82,12 @@ ANOTHER: dict[str, Any] = {
     "mel.fmin_hz": 50.0,
     "mel.fmax_hz": 7_000.0,
     "mel.kind": "htk",
+    "mel.trainable": True,
     "mel.backend": "conv",
+    "encoder.preset": "ast_base",
     "encoder.stem": "patch",
     "encoder.stem_channels": [32, 64],
+    "encoder.stem_activation": "silu",
     "encoder.patch": [16, 17],
     "encoder.stride": [8, 16],
     "encoder.heads": 3,
@@ -93,7 +97,10 @@ ANOTHER: dict[str, Any] = {
     "encoder.pool": "cls",
     "encoder.dropout": 0.1,
     "encoder.drop_path": 0.2,
+    "encoder.positions": "separate",
     "encoder.patchout": 0.3,
+    "encoder.patchout_time": 0.3,
+    "encoder.patchout_freq": 0.3,
     "augment.roll": 0.5,
     "augment.gain_db": 3.0,
     "augment.speed": 0.1,
@@ -113,11 +120,13 @@ ANOTHER: dict[str, Any] = {
     "optim.step_epochs": 3,
     "optim.step_gamma": 0.1,
     "optim.clip_grad": 0.0,
+    "optim.mel_lr_scale": 0.01,
     "train.epochs": 7,
     "train.batch_size": 16,
     "train.seed": 1,
     "train.ema_decay": 0.0,
     "train.precision": "bf16",
+    "train.grad_checkpointing": True,
     "train.checkpoint_s": 0.0,
     "scale.workers": 2,
     "scale.device": "cpu",
@@ -132,7 +141,7 @@ ANOTHER: dict[str, Any] = {
 }
 """A valid value for each key that is not its default."""
 
-SAME_RUN = {"name", "runs_dir", "data.cache", "data.cache_dir", "train.checkpoint_s"}
+SAME_RUN = {"name", "runs_dir", "data.cache", "data.cache_dir", "train.checkpoint_s", "train.grad_checkpointing"}
 """Keys that cannot change a result, besides all of scale and tracking."""
 
 REFUSED = [
@@ -162,6 +171,10 @@ REFUSED = [
             "encoder.width=192 is not encoder.heads x encoder.head_dim (4 x 64 = 256); "
             "leave encoder.width out and set those two"
         ),
+    ),
+    (
+        {"encoder.preset": "ast_base", "encoder.patch": [16, 8]},
+        ("encoder.patch=[16, 8] contradicts encoder.preset=ast_base, which has [16, 16]; leave one of them out"),
     ),
     (
         {"encoder.stride": [16, 17]},
@@ -253,6 +266,17 @@ def test_width_is_accepted_where_it_agrees_and_never_stored() -> None:
     assert "encoder.width" not in flatten(config)
 
 
+def test_a_preset_fixes_an_architecture_from_a_file_or_in_an_override() -> None:
+    for config in (from_flat({"encoder.preset": "ast_base"}), override(RunConfig(), {"encoder.preset": "ast_base"})):
+        encoder = config.encoder
+        assert (encoder.stem, encoder.patch, encoder.stride) == ("patch", (16, 16), (10, 10))
+        assert (encoder.width, encoder.heads, encoder.depth, encoder.pool) == (768, 12, 12, "cls_dist")
+        assert from_flat(flatten(config)) == config
+    assert (
+        from_flat({"encoder.preset": "ast_base", "encoder.width": 768, "encoder.drop_path": 0.2}).encoder.width == 768
+    )
+
+
 def test_configs_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().mel.num_bands = 3  # type: ignore[misc]
@@ -311,8 +335,9 @@ def _pattern(message: ast.expr) -> str:
             "encoder.pool",
             "max",
             (
-                "encoder.pool='max': input should be 'mean', 'cls' or 'attention'; "
-                "encoder.pool is: how tokens become one vector (default 'mean')"
+                "encoder.pool='max': input should be 'mean', 'cls', 'cls_dist' or 'attention'; "
+                "encoder.pool is: how tokens become one vector; cls_dist: mean of two tokens of their own, as AST "
+                "(default 'mean')"
             ),
         ),
         ("encoder.patch", [16, "x"], "encoder.patch.1='x': input should be a valid integer"),
@@ -359,7 +384,8 @@ def test_another_value_is_known_for_every_key() -> None:
 @pytest.mark.parametrize("key", ANOTHER)
 def test_a_key_changes_the_signature_if_it_can_change_the_result(key: str) -> None:
     changed = override(RunConfig(), {key: ANOTHER[key]})
-    assert differences(changed) == {key: ANOTHER[key]}
+    assert differences(changed)[key] == ANOTHER[key]
+    assert len(differences(changed)) == 1 or key == "encoder.preset"
     is_same_run = key in SAME_RUN or key.startswith(("scale.", "tracking."))
     assert (signature(changed) == signature(RunConfig())) is is_same_run
 

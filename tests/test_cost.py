@@ -27,6 +27,8 @@ PLAIN = {
         PLAIN,
         {"encoder.pool": "cls", "encoder.depth": 3},
         {"encoder.pool": "attention", "encoder.stem_channels": [8, 16]},
+        {"encoder.pool": "cls_dist", "encoder.positions": "separate"},
+        {"mel.trainable": True, "mel.window_ms": 25},
     ],
 )
 @pytest.mark.parametrize("num_labels", [2, 10])
@@ -35,8 +37,8 @@ def test_parameters_are_the_models_own(changes: dict[str, Any], num_labels: int)
     model = AudioTransformer(config, num_labels)
     found = cost(config, num_labels)
     assert found.num_params == sum(parameter.numel() for parameter in model.parameters())
-    assert model.encoder.pos_embed is not None
-    assert found.num_tokens == model.encoder.pos_embed.shape[1]
+    tokens, _ = model.encoder.tokens(torch.zeros(1, 1, config.mel.num_bands, config.num_frames))
+    assert found.num_tokens == tokens.shape[1]
 
 
 def test_macs_are_those_computed_by_hand() -> None:

@@ -14,9 +14,13 @@ from meamtm.config import RunConfig, flatten, from_flat
 from meamtm.training.train import train
 
 STEMS = {
-    "conv": {},
+    "conv": {"encoder.stem_activation": "silu"},
+    "conv-relu": {"optim.lr": 1e-4},
     "patch": {"encoder.stem": "patch", "encoder.patch": [8, 6], "encoder.stride": [8, 3]},
 }
+"""Smooth stems agree to 1e-6. A last digit decides now and then on which side of ReLU's kink a cell lies, whose part in
+a gradient is a thousandth; at a rate of 1e-3 that moves a loss by 5e-6 each time."""
+TOLERANCE = {"conv": 1e-6, "conv-relu": 1e-5, "patch": 1e-6}
 
 
 def _rank(rank: int, port: int, flat: dict, out: str) -> None:
@@ -47,7 +51,7 @@ def test_two_ranks_give_the_first_20_losses_of_one_process(
     packed: Path, cache_dir: Path, tmp_path: Path, stem: str
 ) -> None:
     """All 60 training clips make one batch, so that an epoch is a step."""
-    changes = {**PLAIN, **STEMS[stem], "data.valid_fold": 2, "optim.lr": 1e-3}
+    changes = {**PLAIN, "data.valid_fold": 2, "optim.lr": 1e-3, **STEMS[stem]}
     changes |= {"train.batch_size": 60, "train.epochs": 20, "train.checkpoint_s": 1e6}
     one, two = (tiny(packed, cache_dir, tmp_path / kind, changes) for kind in ("one", "two"))
     record = Record()
@@ -55,6 +59,6 @@ def test_two_ranks_give_the_first_20_losses_of_one_process(
     rows = _two_ranks(two, tmp_path / "rows.pt")
     assert len(rows) == 20
     losses = [row["train/loss"] for row in rows]
-    assert losses == pytest.approx(record.column("train/loss"), abs=1e-5)
+    assert losses == pytest.approx(record.column("train/loss"), abs=TOLERANCE[stem])
     assert losses[-1] < losses[0], "nothing was learned, so equal losses say nothing"
     assert [row["valid/loss"] for row in rows] == pytest.approx(record.column("valid/loss"), abs=1e-4)

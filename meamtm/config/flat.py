@@ -19,7 +19,15 @@ from meamtm.errors import ConfigError
 Value = bool | int | float | str | None | list[Any]
 Model = TypeVar("Model", bound=BaseModel)
 
-UNSCIENTIFIC = ("name", "runs_dir", "scale.", "tracking.", "data.cache", "train.checkpoint_s")
+UNSCIENTIFIC = (
+    "name",
+    "runs_dir",
+    "scale.",
+    "tracking.",
+    "data.cache",
+    "train.checkpoint_s",
+    "train.grad_checkpointing",
+)
 """Keys (or beginnings of keys) that cannot change a result."""
 
 

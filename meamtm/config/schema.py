@@ -40,7 +40,12 @@ class MelConfig(Section):
     hop_ms: float = Field(default=20.0, gt=0, le=1_000, description="from one frame to the next, ms")
     fmin_hz: float = Field(default=40.0, ge=0, description="lower edge of the lowest band, Hz")
     fmax_hz: float | None = Field(default=None, gt=0, description="upper edge of the highest band, Hz; null: Nyquist")
-    kind: Literal["slaney", "htk"] = Field(default="slaney", description="mel scale")
+    kind: Literal["slaney", "htk", "kaldi"] = Field(
+        default="slaney",
+        description="mel scale; kaldi: all of Kaldi's filter bank, frames not centred. The Audio Spectrogram "
+        "Transformer has it at 16 kHz with num_bands 128, window_ms 25, hop_ms 10, fmin_hz 20",
+    )
+    trainable: bool = Field(default=False, description="train the mel basis too, from this one on")
     backend: Literal["auto", "conv", "fft"] = Field(
         default="auto", description="conv: nnAudio's kernels; fft: the same result by FFT; auto: fft on a CPU"
     )
@@ -64,6 +69,15 @@ class MelConfig(Section):
     def top_hz(self) -> float:
         """Upper edge of the highest band, Hz."""
         return self.fmax_hz if self.fmax_hz is not None else self.sample_rate_hz / 2
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether frame n is centred on sample n x hop; if not, it begins there and no frame passes a clip's end."""
+        return self.kind != "kaldi"
+
+    def num_frames(self, num_samples: Any) -> Any:
+        """Counts the frames of one window or more, given as an int or a tensor of ints."""
+        return 1 + (num_samples - (0 if self.is_centred else self.window_samples)) // self.hop_samples
 
     @model_validator(mode="after")
     def _check(self) -> "MelConfig":
@@ -93,14 +107,36 @@ class MelConfig(Section):
         return self
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "ast_base": {
+        "stem": "patch",
+        "patch": (16, 16),
+        "stride": (10, 10),
+        "heads": 12,
+        "head_dim": 64,
+        "depth": 12,
+        "mlp_ratio": 4.0,
+        "pool": "cls_dist",
+        "positions": "joint",
+    }
+}
+"""Architectures that have a name, and what it fixes."""
+
+
 class EncoderConfig(Section):
     """Log-mel spectrogram -> logits."""
 
+    preset: Literal["none", "ast_base"] = Field(
+        default="none", description="ast_base: stem, size and pool of the Audio Spectrogram Transformer (Gong 2021)"
+    )
     stem: Literal["conv", "patch"] = Field(
         default="conv", description="conv: stages of two 3x3 convolutions and a pooling; patch: a linear map"
     )
     stem_channels: tuple[int, ...] = Field(
         default=(32, 64, 128, 256), min_length=1, max_length=6, description="channels of each convolutional stage"
+    )
+    stem_activation: Literal["relu", "gelu", "silu"] = Field(
+        default="relu", description="of the convolutional stem; the smooth ones cost more on a CPU"
     )
     patch: tuple[int, int] = Field(default=(16, 16), description="patch size of the patch stem: bands, frames")
     stride: tuple[int, int] = Field(
@@ -110,12 +146,19 @@ class EncoderConfig(Section):
     head_dim: int = Field(default=64, ge=4, le=256, description="width of one head; a token has heads x head_dim")
     depth: int = Field(default=2, ge=1, le=48, description="transformer blocks")
     mlp_ratio: float = Field(default=2.0, gt=0, le=8, description="hidden width of a block's MLP over a token's")
-    pool: Literal["mean", "cls", "attention"] = Field(default="mean", description="how tokens become one vector")
+    pool: Literal["mean", "cls", "cls_dist", "attention"] = Field(
+        default="mean", description="how tokens become one vector; cls_dist: mean of two tokens of their own, as AST"
+    )
+    positions: Literal["joint", "separate"] = Field(
+        default="joint", description="a learned vector for each patch, or one for its row plus one for its column"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the head")
     drop_path: float = Field(
         default=0.1, ge=0, lt=1, description="stochastic depth, growing up to this in the last block"
     )
     patchout: float = Field(default=0.0, ge=0, lt=1, description="fraction of patches left out of each training step")
+    patchout_time: float = Field(default=0.0, ge=0, lt=1, description="fraction of columns left out, before patchout")
+    patchout_freq: float = Field(default=0.0, ge=0, lt=1, description="fraction of rows left out, before patchout")
 
     @property
     def width(self) -> int:
@@ -135,6 +178,27 @@ class EncoderConfig(Section):
                 f"({heads} x {head_dim} = {heads * head_dim}); leave encoder.width out and set those two"
             )
         return {key: value for key, value in given.items() if key != "width"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fixes_its_keys(cls, given: Any) -> Any:
+        """Fills in what a preset fixes; a key that says otherwise, and is not the default, contradicts it.
+
+        pydantic runs what is defined last first, so a claimed `width` is checked against the preset's.
+        """
+        preset = given.get("preset", "none") if isinstance(given, Mapping) else "none"
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return given
+        for key, value in PRESETS[preset].items():
+            default = cls.model_fields[key].default
+            found = tuple(given[key]) if isinstance(given.get(key), list) else given.get(key, value)
+            if found not in (value, default):
+                shown = list(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"encoder.{key}={given[key]} contradicts encoder.preset={preset}, which has {shown}; "
+                    f"leave one of them out"
+                )
+        return {**given, **PRESETS[preset]}
 
     @model_validator(mode="after")
     def _check(self) -> "EncoderConfig":
@@ -196,6 +260,9 @@ class OptimConfig(Section):
     step_epochs: int = Field(default=10, ge=1, description="epochs between drops (step)")
     step_gamma: float = Field(default=0.5, gt=0, le=1, description="factor at each drop (step)")
     clip_grad: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no limit")
+    mel_lr_scale: float = Field(
+        default=0.1, gt=0, le=10, description="rate of a trained mel basis over lr: its roots are about 0.1, not 1"
+    )
 
 
 class TrainConfig(Section):
@@ -209,6 +276,9 @@ class TrainConfig(Section):
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
         default="auto", description="bf16: autocast; auto: where the device computes it natively"
+    )
+    grad_checkpointing: bool = Field(
+        default=False, description="keep only each block's input and compute it again: less memory, a third more time"
     )
     checkpoint_s: float = Field(default=60.0, ge=0, description="seconds between checkpoints; 0: after every epoch")
 
@@ -264,7 +334,7 @@ class RunConfig(Section):
     @property
     def num_frames(self) -> int:
         """Spectrogram frames of one clip."""
-        return 1 + self.clip_samples // self.mel.hop_samples
+        return self.mel.num_frames(self.clip_samples)
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

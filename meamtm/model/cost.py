@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from meamtm.config import RunConfig
-from meamtm.model.transformer import make_encoder
+from meamtm.model.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,12 @@ def cost(config: RunConfig, num_labels: int = 10) -> Cost:
     """Builds the model without memory for its weights and counts."""
     with torch.device("meta"):
         size = (config.mel.num_bands, config.num_frames)
-        encoder = make_encoder(config.encoder, size, num_labels).eval().requires_grad_(False)
+        encoder = Encoder(config.encoder, size, num_labels).eval().requires_grad_(False)
         image = torch.empty(1, 1, *size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(image)
     num_params = sum(parameter.numel() for parameter in encoder.parameters())
+    num_params += config.mel.num_bands * (config.mel.num_fft // 2 + 1) if config.mel.trainable else 0
     copies = 2 + 2 + (config.train.ema_decay > 0)  # weights kept, weights trained, two moments, the average
     return Cost(
         num_params=num_params,

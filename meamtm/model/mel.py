@@ -1,71 +1,123 @@
 """Waveforms -> normalised log-mel spectrograms, computed inside the model.
 
-The kernels are nnAudio's: its windowed Fourier kernels and its mel basis. `conv` applies them as nnAudio does (strided
-convolutions, what a GPU likes); `fft` takes the same window and basis through an FFT, which costs a CPU far less. Both
-give the same numbers. Power is taken without the square root in between, whose gradient is NaN on silence."""
+`conv` multiplies by Fourier kernels as nnAudio does (strided convolutions, what a GPU likes); `fft` takes the same
+window and basis through an FFT, which costs a CPU far less. Both give the same numbers. Power is taken without the
+square root in between, whose gradient is NaN on silence."""
 
-import warnings
+from typing import overload
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from meamtm.config import MelConfig
-from meamtm.errors import ConfigError
+from meamtm.model.kernels import PRE_EMPHASIS, make_kernels
 
 LOG_FLOOR = 1e-6
 """Power added before the logarithm: a full-scale 16-bit step has 1e-9, audible sound far more."""
+KALDI_FLOOR = torch.finfo(torch.float32).eps
+"""Least power whose logarithm Kaldi takes."""
 
 
 class MelLayer(nn.Module):
     """Computes log-mel spectrograms in float32, whatever autocast says, and brings them to mean 0 and deviation 1.
 
-    The kernels follow from the config, so they are not part of a checkpoint; mean and deviation of the training clips
-    are, in nepers of power.
+    Window and kernels follow from the config, so they are not part of a checkpoint; mean and deviation of the training
+    clips are, in nepers of power. So is a basis that trains, as its square root: squared it cannot become negative,
+    and its zeros, where the square has no slope, stay. `kaldi` divides by two deviations, as AST does.
     """
 
     mean: Tensor
     std: Tensor
     window: Tensor
-    basis: Tensor
     kernels: Tensor
+    initial_basis: Tensor | None
 
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
         self.config = config
-        window, basis, kernels = _nnaudio_kernels(config)
+        window, basis, kernels = make_kernels(config)
         self.register_buffer("window", window, persistent=False)
-        self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("kernels", kernels, persistent=False)
+        self.register_buffer("initial_basis", None if config.trainable else basis, persistent=False)
+        self.register_parameter("basis_root", nn.Parameter(basis.sqrt()) if config.trainable else None)
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
-    def forward(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch band frame"]:
-        """Gives one frame per hop, centred on it; samples are in -1..1. What is shorter than a window is padded."""
+    @property
+    def basis(self) -> Float[Tensor, "band bin"]:
+        """What each band hears of each frequency bin's power."""
+        return self.initial_basis if self.initial_basis is not None else self.basis_root.square()
+
+    def forward(
+        self, waveform: Float[Tensor, "batch time"], num_samples: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch band frame"]:
+        """Gives one frame per hop, of samples in -1..1. What is shorter than a window is padded with silence.
+
+        `num_samples` are the clips' own lengths in a batch padded with zeros: each gets the frames that it would get
+        alone, then zeros.
+        """
         with torch.autocast(waveform.device.type, enabled=False):
-            return (self.log_mel(waveform.float()) - self.mean) / self.std
+            log_mel = self.log_mel(waveform.float(), num_samples)
+            normal = (log_mel - self.mean) / (self.std * (2 if self.config.kind == "kaldi" else 1))
+        if num_samples is None:
+            return normal
+        frame = torch.arange(normal.shape[-1], device=normal.device)
+        beyond = frame >= self.num_frames(num_samples).unsqueeze(1)  # (batch, frame)
+        return normal.masked_fill(beyond.unsqueeze(1), 0.0)
 
-    def log_mel(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch band frame"]:
+    @overload
+    def num_frames(self, num_samples: int) -> int: ...
+
+    @overload
+    def num_frames(self, num_samples: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]: ...
+
+    def num_frames(self, num_samples: int | Int[Tensor, " batch"]) -> int | Int[Tensor, " batch"]:
+        """Counts the frames of clips of so many samples."""
+        least = self.config.window_samples
+        heard = max(num_samples, least) if isinstance(num_samples, int) else num_samples.clamp(min=least)
+        return self.config.num_frames(heard)
+
+    def log_mel(
+        self, waveform: Float[Tensor, "batch time"], num_samples: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch band frame"]:
         """Gives the logarithm of the mel power, before normalisation."""
-        missing = self.config.window_samples - waveform.shape[-1]
-        if missing > 0:  # reflection needs more samples than the half transform that it mirrors
-            waveform = F.pad(waveform, (0, missing))
+        waveform = self._extended(waveform, num_samples)
         use_fft = self.config.backend == "fft" or (self.config.backend == "auto" and waveform.device.type == "cpu")
-        power = self._power_by_fft(waveform) if use_fft else self._power_by_convolution(waveform)
-        return torch.log(self.basis @ power + LOG_FLOOR)
+        mel = self.basis @ (self._power_by_fft(waveform) if use_fft else self._power_by_convolution(waveform))
+        return torch.log(mel.clamp(min=KALDI_FLOOR) if self.config.kind == "kaldi" else mel + LOG_FLOOR)
 
-    def _power_by_fft(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch bin frame"]:
-        config = self.config
-        spectrum = torch.stft(
-            waveform, config.num_fft, config.hop_samples, window=self.window, center=True, return_complex=True
-        )
-        return torch.view_as_real(spectrum).square().sum(-1)
-
-    def _power_by_convolution(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch bin frame"]:
+    def _extended(
+        self, waveform: Float[Tensor, "batch time"], num_samples: Int[Tensor, " batch"] | None
+    ) -> Float[Tensor, "batch padded"]:
+        """Adds what frames hear beyond a clip: silence up to one window, then, around centred frames, its mirror."""
+        missing = self.config.window_samples - waveform.shape[-1]
+        if missing > 0:
+            waveform = F.pad(waveform, (0, missing))
+        if not self.config.is_centred:
+            return waveform
         half = self.config.num_fft // 2
-        padded = F.pad(waveform.unsqueeze(1), (half, half), mode="reflect")
-        parts = F.conv1d(padded, self.kernels, stride=self.config.hop_samples)  # (batch, 2 x bin, frame)
+        extended = F.pad(waveform.unsqueeze(1), (half, half), mode="reflect").squeeze(1)
+        if num_samples is None:
+            return extended
+        end = half - 1 + num_samples.clamp(min=self.config.window_samples).long().unsqueeze(1)  # (batch, 1)
+        distance = torch.arange(1, half + 1, device=waveform.device)
+        return extended.scatter(1, end + distance, extended.gather(1, end - distance))
+
+    def _power_by_fft(self, waveform: Float[Tensor, "batch padded"]) -> Float[Tensor, "batch bin frame"]:
+        num_window, hop = len(self.window), self.config.hop_samples
+        if self.config.kind == "kaldi":
+            mean = waveform.unfold(1, num_window, hop).mean(dim=2, keepdim=True)  # (batch, frame, 1)
+            emphasised = torch.add(waveform.diff(), waveform[:, :-1], alpha=1 - PRE_EMPHASIS)
+            frames = F.pad(emphasised, (1, 0)).unfold(1, num_window, hop) - (1 - PRE_EMPHASIS) * mean
+        else:
+            frames = waveform.unfold(1, num_window, hop)  # (batch, frame, sample)
+        spectrum = torch.fft.rfft(frames * self.window, n=self.config.num_fft)  # (batch, frame, bin)
+        return torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)
+
+    def _power_by_convolution(self, waveform: Float[Tensor, "batch padded"]) -> Float[Tensor, "batch bin frame"]:
+        parts = F.conv1d(waveform.unsqueeze(1), self.kernels, stride=self.config.hop_samples)  # (batch, 2 x bin, frame)
         cosine, sine = parts.chunk(2, dim=1)
         return cosine.square() + sine.square()
 
@@ -74,31 +126,3 @@ class MelLayer(nn.Module):
         """Sets the normalisation, measured on training clips alone."""
         self.mean.fill_(mean)
         self.std.fill_(max(std, 1e-3))  # a set of pure silence has no deviation
-
-
-def _nnaudio_kernels(config: MelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes window (num_fft,), mel basis (band, bin) and Fourier kernels (2 x bin, 1, num_fft) with nnAudio."""
-    from nnAudio.features import MelSpectrogram
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Empty filters")  # an error below
-        layer = MelSpectrogram(
-            sr=config.sample_rate_hz,
-            n_fft=config.num_fft,
-            win_length=config.window_samples,
-            hop_length=config.hop_samples,
-            n_mels=config.num_bands,
-            fmin=config.fmin_hz,
-            fmax=config.top_hz,
-            htk=config.kind == "htk",
-            verbose=False,
-        )
-    basis = layer.get_buffer("mel_basis").clone()
-    empty = int((basis.amax(dim=1) <= 0).sum())
-    if empty:
-        raise ConfigError(
-            f"mel.num_bands={config.num_bands}: {empty} bands lie between two of the {config.num_fft // 2 + 1} "
-            f"frequency bins and would stay empty; lower it, raise mel.fmin_hz or lengthen mel.window_ms"
-        )
-    cosine, sine = layer.get_buffer("stft.wcos"), layer.get_buffer("stft.wsin")  # (bin, 1, num_fft)
-    return cosine[0, 0].clone(), basis, torch.cat((cosine, sine))  # the cosine of frequency 0 is the bare window

@@ -1,17 +1,23 @@
 """Log-mel spectrogram -> grid of patches. Both stems fit the `embed_layer` hook of timm's VisionTransformer, which
-hands them its image size and asks back for their grid."""
+hands them its image size and asks back for their grid.
+
+Where clips of several lengths share a batch, padded with zeros, a stem gives each the patches that it has alone."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Size = tuple[int, int]
+Image = Float[Tensor, "batch 1 band frame"]
+Grid = Float[Tensor, "batch row column width"]
+Lengths = Int[Tensor, " batch"]
+Activation = Literal["relu", "gelu", "silu"]
 
 
 class Stem(nn.Module, ABC):
@@ -27,6 +33,18 @@ class Stem(nn.Module, ABC):
     @abstractmethod
     def dynamic_feat_size(self, img_size: Size) -> Size:
         """Counts patches along bands and frames."""
+
+    @abstractmethod
+    def num_columns(self, num_frames: Lengths) -> Lengths:
+        """Counts the patches along frames that hold something of a clip; one at least."""
+
+    @abstractmethod
+    def forward(self, image: Image, num_frames: Lengths | None = None) -> Grid:
+        """Gives the grid of patches, channels last."""
+
+    def _long_enough(self, image: Image) -> Float[Tensor, "batch 1 band longer"]:
+        """Pads what is shorter than one patch with the mean, which is 0."""
+        return F.pad(image, (0, max(self.patch_size[1] - image.shape[3], 0)))
 
     def feat_ratio(self, as_scalar: bool = True) -> int | Size:
         """Tells by how much the grid is coarser than the spectrogram."""
@@ -48,9 +66,13 @@ class PatchStem(Stem):
         )
         return bands, frames
 
-    def forward(self, image: Float[Tensor, "batch 1 band frame"]) -> Float[Tensor, "batch row column width"]:
-        """Gives the grid of patches, channels last."""
-        return self.proj(image).permute(0, 2, 3, 1)
+    def num_columns(self, num_frames: Lengths) -> Lengths:
+        """Counts the patches that fit whole into a clip."""
+        return ((num_frames - self.patch_size[1]) // self.stride[1] + 1).clamp(min=1)
+
+    def forward(self, image: Image, num_frames: Lengths | None = None) -> Grid:  # noqa: ARG002
+        """Gives the grid of patches, channels last; a patch knows nothing of what lies beside it."""
+        return self.proj(self._long_enough(image)).permute(0, 2, 3, 1)
 
 
 class ConvStem(Stem):
@@ -60,11 +82,13 @@ class ConvStem(Stem):
     Xiao 2021). Strided maps stay small, so it costs less than one block of AST-base.
     """
 
-    def __init__(self, img_size: Size, embed_dim: int, channels: Sequence[int], **_: object) -> None:
+    def __init__(
+        self, img_size: Size, embed_dim: int, channels: Sequence[int], activation: Activation = "relu", **_: object
+    ) -> None:
         self.num_stages = len(channels)
         super().__init__(img_size, (2**self.num_stages, 2**self.num_stages))
         sizes = zip((1, *channels[:-1]), channels, strict=True)
-        self.stages = nn.Sequential(*(_stage(fan_in, fan_out) for fan_in, fan_out in sizes))
+        self.stages = nn.Sequential(*(_stage(fan_in, fan_out, activation) for fan_in, fan_out in sizes))
         self.proj = nn.Conv2d(channels[-1], embed_dim, kernel_size=1)
         self.to(memory_format=torch.channels_last)
 
@@ -72,10 +96,28 @@ class ConvStem(Stem):
         """Halves the size once per stage, rounding down as the pooling does."""
         return img_size[0] >> self.num_stages, img_size[1] >> self.num_stages
 
-    def forward(self, image: Float[Tensor, "batch 1 band frame"]) -> Float[Tensor, "batch row column width"]:
+    def num_columns(self, num_frames: Lengths) -> Lengths:
+        """Halves the length once per stage."""
+        return (num_frames >> self.num_stages).clamp(min=1)
+
+    def forward(self, image: Image, num_frames: Lengths | None = None) -> Grid:
         """Gives the grid of patches, channels last."""
-        image = image.contiguous(memory_format=torch.channels_last)
-        return self.proj(self.stages(image)).permute(0, 2, 3, 1)
+        image = self._long_enough(image).contiguous(memory_format=torch.channels_last)
+        image = self.stages(image) if num_frames is None else self._stages_by_length(image, num_frames)
+        return self.proj(image).permute(0, 2, 3, 1)
+
+    def _stages_by_length(
+        self, image: Float[Tensor, "batch 1 band frame"], num_frames: Lengths
+    ) -> Float[Tensor, "batch channel row column"]:
+        """Sets what lies beyond a clip's end to zero before each convolution, as if the clip ended there."""
+        length = num_frames.clamp(min=self.patch_size[1])
+        for stage in self.stages:
+            for layer in stage:  # type: ignore[reportGeneralTypeIssues]
+                if isinstance(layer, nn.Conv2d):
+                    image = image * _within(length, image)
+                image = layer(image)
+            length = length // 2
+        return image * _within(length, image)
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -129,10 +171,26 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-def _stage(fan_in: int, fan_out: int) -> nn.Sequential:
-    return nn.Sequential(*_convolution(fan_in, fan_out), *_convolution(fan_out, fan_out), nn.AvgPool2d(2))
+def _within(length: Lengths, image: Float[Tensor, "batch channel row column"]) -> Float[Tensor, "batch 1 1 column"]:
+    column = torch.arange(image.shape[3], device=image.device)
+    return (column < length[:, None])[:, None, None, :].to(image.dtype)
 
 
-def _convolution(fan_in: int, fan_out: int) -> tuple[nn.Module, ...]:
+def _stage(fan_in: int, fan_out: int, activation: Activation) -> nn.Sequential:
+    first, second = _convolution(fan_in, fan_out, activation), _convolution(fan_out, fan_out, activation)
+    return nn.Sequential(*first, *second, nn.AvgPool2d(2))
+
+
+def _convolution(fan_in: int, fan_out: int, activation: Activation) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(fan_in, fan_out, kernel_size=3, padding=1, bias=False)
-    return convolution, SharedBatchNorm2d(fan_out), nn.ReLU(inplace=True)
+    return convolution, SharedBatchNorm2d(fan_out), _activation(activation)
+
+
+def _activation(name: Activation) -> nn.Module:
+    match name:
+        case "relu":
+            return nn.ReLU(inplace=True)
+        case "gelu":
+            return nn.GELU()
+        case "silu":
+            return nn.SiLU(inplace=True)

@@ -1,73 +1,52 @@
 """Waveforms -> logits: log-mel, stem, timm's transformer encoder, head."""
 
-from functools import partial
-from typing import Literal
-
-from jaxtyping import Bool, Float
-from timm.models.vision_transformer import VisionTransformer
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from meamtm.config import EncoderConfig, RunConfig
+from meamtm.config import RunConfig
+from meamtm.model.encoder import Encoder
 from meamtm.model.mel import MelLayer
-from meamtm.model.stem import ConvStem, PatchStem
-
-POOLS: dict[str, Literal["avg", "token", "map"]] = {"mean": "avg", "cls": "token", "attention": "map"}
-"""Our words -> timm's."""
 
 
 class AudioTransformer(nn.Module):
     """Names sounds straight from waveforms (Gong 2021), with a stem and size that suit little data.
 
-    Position embeddings are interpolated to the grid at hand, so clips may be longer or shorter than those trained on.
+    Clips may be of any length. Those of a batch may differ in length too: they are then padded with zeros, and
+    `num_samples` tells how long each is; a clip gets the same logits as alone.
     """
 
     def __init__(self, config: RunConfig, num_labels: int) -> None:
         super().__init__()
         self.mel = MelLayer(config.mel)
-        self.encoder = make_encoder(config.encoder, (config.mel.num_bands, config.num_frames), num_labels)
+        self.encoder = Encoder(config.encoder, (config.mel.num_bands, config.num_frames), num_labels)
+        self.encoder.set_grad_checkpointing(config.train.grad_checkpointing)
 
     def forward(
-        self, waveform: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch band frame"] | None = None
+        self,
+        waveform: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch band frame"] | None = None,
+        num_samples: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch label"]:
         """Gives logits for samples in -1..1; masked cells of the spectrogram are set to the training clips' mean."""
-        return self.encoder(self.image(waveform, mask))
+        return self.encoder(self.image(waveform, mask, num_samples), self._num_frames(num_samples))
+
+    def features(
+        self, waveform: Float[Tensor, "batch time"], num_samples: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch width"]:
+        """Gives one embedding per clip: the pooled tokens, before the head."""
+        return self.encoder.embed(self.image(waveform, None, num_samples), self._num_frames(num_samples))
 
     def image(
-        self, waveform: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch band frame"] | None = None
+        self,
+        waveform: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch band frame"] | None = None,
+        num_samples: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch 1 band frame"]:
         """Gives the spectrogram as an image of one channel."""
-        log_mel = self.mel(waveform)
+        log_mel = self.mel(waveform, num_samples)
         if mask is not None:
             log_mel = log_mel.masked_fill(mask, 0.0)
         return log_mel.unsqueeze(1)
 
-    def features(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch width"]:
-        """Gives one embedding per clip: the pooled tokens, before the head."""
-        tokens = self.encoder.forward_features(self.image(waveform))
-        return self.encoder.forward_head(tokens, pre_logits=True)
-
-
-def make_encoder(config: EncoderConfig, image_size: tuple[int, int], num_labels: int) -> VisionTransformer:
-    """Builds timm's encoder for spectrograms of (bands, frames), with the stem that the config names."""
-    match config.stem:
-        case "conv":
-            stem = partial(ConvStem, channels=config.stem_channels)
-        case "patch":
-            stem = partial(PatchStem, stride=config.stride)
-    return VisionTransformer(
-        img_size=image_size,
-        patch_size=config.patch,
-        in_chans=1,
-        num_classes=num_labels,
-        global_pool=POOLS[config.pool],
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        class_token=config.pool == "cls",
-        dynamic_img_size=True,
-        drop_rate=config.dropout,
-        drop_path_rate=config.drop_path,
-        patch_drop_rate=config.patchout,
-        embed_layer=stem,
-    )
+    def _num_frames(self, num_samples: Int[Tensor, " batch"] | None) -> Int[Tensor, " batch"] | None:
+        return None if num_samples is None else self.mel.num_frames(num_samples)
