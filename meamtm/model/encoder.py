@@ -101,7 +101,7 @@ class Encoder(VisionTransformer):
         if not prefix:
             return patches
         first = torch.cat(prefix, dim=1) + self.positions.prefix()  # (1, prefix, width)
-        return torch.cat((first.expand(len(patches), -1, -1), patches), dim=1)
+        return torch.cat((first.expand(patches.shape[0], -1, -1), patches), dim=1)
 
     def _heard(self, grid: Float[Tensor, "batch row column width"], num_columns: Int[Tensor, " batch"]) -> Heard:
         columns = torch.arange(grid.shape[2], device=grid.device) < num_columns[:, None]  # (batch, column)

@@ -55,7 +55,9 @@ class SeparatePositions(nn.Module):
 
 
 def along_time(
-    positions: Float[Tensor, "1 row trained width"], length: int, num_columns: Int[Tensor, " clip"] | None = None
+    positions: Float[Tensor, "1 row trained width"],
+    length: int | torch.SymInt,
+    num_columns: Int[Tensor, " clip"] | None = None,
 ) -> Float[Tensor, "clip row length width"]:
     """Cuts or stretches positions to `length` columns, for each clip's own number of columns where that is given."""
     trained = positions.shape[2]

@@ -1,0 +1,72 @@
+"""torch.compile and torch.export take the whole way from waveforms to logits, with any number of clips of any length."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from meamtm.config import from_flat
+from meamtm.model.transformer import AudioTransformer
+
+SMALL = {
+    "data.clip_s": 1.0,
+    "mel.sample_rate_hz": 8_000,
+    "mel.num_bands": 32,
+    "encoder.stem_channels": [8, 16],
+    "encoder.heads": 2,
+    "encoder.head_dim": 16,
+    "encoder.depth": 2,
+    "encoder.patch": [16, 16],
+    "encoder.stride": [10, 10],
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "conv": {"mel.backend": "conv", "encoder.pool": "attention", "encoder.positions": "separate"},
+    "ast": {
+        "mel.kind": "kaldi",
+        "mel.num_bands": 24,
+        "mel.window_ms": 25,
+        "mel.hop_ms": 10,
+        "encoder.stem": "patch",
+        "encoder.pool": "cls_dist",
+    },
+}
+SIZES = [(2, 8_000), (5, 4_321), (1, 12_345), (3, 30_000)]
+"""Clips and samples: as trained, shorter, alone and longer, and much longer."""
+
+
+def model(kind: str) -> AudioTransformer:
+    torch.manual_seed(0)
+    made = AudioTransformer(from_flat(SMALL | KINDS[kind]), 5).eval()
+    for weight in made.encoder.head.parameters():  # which begins at zero
+        torch.nn.init.normal_(weight)
+    return made
+
+
+def noise(num_clips: int, num_samples: int) -> Tensor:
+    return 0.1 * torch.randn(num_clips, num_samples, generator=torch.Generator().manual_seed(num_samples))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_an_exported_model_equals_the_model(kind: str) -> None:
+    made = model(kind)
+    dynamic = {"waveform": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    exported = torch.export.export(made, (noise(2, 8_000),), dynamic_shapes=dynamic).module()
+    for size in SIZES:
+        torch.testing.assert_close(exported(noise(*size)), made(noise(*size)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")  # the FFT
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_compiled_model_equals_the_model(kind: str) -> None:
+    torch.compiler.reset()
+    made = model(kind)
+    compiled = torch.compile(made, dynamic=True)
+    for size in SIZES[:3]:
+        torch.testing.assert_close(compiled(noise(*size)), made(noise(*size)), atol=1e-4, rtol=0)
