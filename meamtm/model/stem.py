@@ -90,7 +90,6 @@ class ConvStem(Stem):
         sizes = zip((1, *channels[:-1]), channels, strict=True)
         self.stages = nn.Sequential(*(_stage(fan_in, fan_out, activation) for fan_in, fan_out in sizes))
         self.proj = nn.Conv2d(channels[-1], embed_dim, kernel_size=1)
-        self.to(memory_format=torch.channels_last)
 
     def dynamic_feat_size(self, img_size: Size) -> Size:
         """Halves the size once per stage, rounding down as the pooling does."""
@@ -183,6 +182,7 @@ def _stage(fan_in: int, fan_out: int, activation: Activation) -> nn.Sequential:
 
 def _convolution(fan_in: int, fan_out: int, activation: Activation) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(fan_in, fan_out, kernel_size=3, padding=1, bias=False)
+    convolution.weight = nn.Parameter(convolution.weight.contiguous(memory_format=torch.channels_last))
     return convolution, SharedBatchNorm2d(fan_out), _activation(activation)
 
 
