@@ -1,4 +1,4 @@
-"""torch.compile and torch.export take the whole way from waveforms to logits, with any number of clips of any length."""
+"""torch.compile and torch.export take the whole way from waveforms to logits, for any number of clips of any length."""
 
 import shutil
 from typing import Any

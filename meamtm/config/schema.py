@@ -42,8 +42,7 @@ class MelConfig(Section):
     fmax_hz: float | None = Field(default=None, gt=0, description="upper edge of the highest band, Hz; null: Nyquist")
     kind: Literal["slaney", "htk", "kaldi"] = Field(
         default="slaney",
-        description="mel scale; kaldi: all of Kaldi's filter bank, frames not centred. The Audio Spectrogram "
-        "Transformer has it at 16 kHz with num_bands 128, window_ms 25, hop_ms 10, fmin_hz 20",
+        description="mel scale; kaldi: as AST, which has 128 bands, 25 ms, 10 ms and fmin_hz 20 at 16 kHz",
     )
     trainable: bool = Field(default=False, description="train the mel basis too, from this one on")
     backend: Literal["auto", "conv", "fft"] = Field(

@@ -8,6 +8,7 @@ import math
 import warnings
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,8 +21,9 @@ PRE_EMPHASIS = 0.97
 
 def make_kernels(
     config: MelConfig,
-) -> tuple[Float[Tensor, " sample"], Float[Tensor, "band bin"], Float[Tensor, "parts 1 sample"]]:
-    """Makes window, basis and kernels (cosines of all bins, then sines), in float32."""
+) -> tuple[Float[Tensor, " num_fft"], Float[Tensor, "band bin"], Float[Tensor, "parts 1 sample"]]:
+    """Makes window, basis and kernels (cosines of all bins, then sines), in float32; Kaldi's kernels are as short as a
+    window."""
     match config.kind:
         case "slaney" | "htk":
             return _nnaudio(config)
@@ -64,6 +66,7 @@ def _kaldi(config: MelConfig) -> tuple[Tensor, Tensor, Tensor]:
     kernels = torch.cat((angle.cos(), angle.sin())) * window  # (2 x bin, sample); the window begins at 0, so
     kernels[:, :-1] -= PRE_EMPHASIS * kernels[:, 1:]  # what comes before the first sample does not matter
     kernels -= kernels.mean(dim=1, keepdim=True)  # deaf to a constant, which is a frame's mean
+    window = F.pad(window, (0, config.num_fft - num_samples))
     return window.float(), _kaldi_basis(config, num_bins).float(), kernels.float().unsqueeze(1)
 
 

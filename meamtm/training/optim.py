@@ -4,11 +4,7 @@ import inspect
 import math
 from typing import Any
 
-from timm.optim import (  # type: ignore[reportPrivateImportUsage]
-    create_optimizer_v2,
-    get_optimizer_class,
-    param_groups_weight_decay,
-)
+from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay  # type: ignore
 from torch.optim import Optimizer
 
 from meamtm.config import OptimConfig
