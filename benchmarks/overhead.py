@@ -23,6 +23,7 @@ from meamtm.config import RunConfig, load
 from meamtm.data.cache import open_clips
 from meamtm.data.loader import Loader
 from meamtm.data.split import split_clips
+from meamtm.model.precision import autocast
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.augment import spectrogram_mask
 from meamtm.training.context import LocalContext
@@ -30,7 +31,6 @@ from meamtm.training.loss import clip_losses
 from meamtm.training.optim import make_optimizer
 from meamtm.training.prepare import to_float
 from meamtm.training.run import absolute, open_record, run_folder
-from meamtm.training.step import autocast
 from meamtm.training.train import train
 
 

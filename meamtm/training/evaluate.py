@@ -17,12 +17,12 @@ from meamtm.data.loader import Loader
 from meamtm.data.packed import Card, read_card
 from meamtm.data.split import split_clips
 from meamtm.errors import CheckpointError, DataError
+from meamtm.model.precision import autocast
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import Saved, load_model
 from meamtm.training.context import choose_device
 from meamtm.training.metrics import confusion, scores
 from meamtm.training.prepare import to_float
-from meamtm.training.step import autocast
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from meamtm.config import RunConfig
+from meamtm.model.precision import autocast
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.loss import clip_losses
 from meamtm.training.optim import make_optimizer, set_lr
@@ -138,13 +139,3 @@ def _update(learner: Learner) -> None:
     if learner.ema is not None:
         learner.ema.update(learner.model, step=step)
     learner.batch += 1
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """Computes in bf16 where the config asks for it, or leaves it open and the device does so natively.
-
-    Without native instructions bf16 is emulated: 8x slower than float32 on a CPU with AVX2 alone.
-    """
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    wanted = config.train.precision == "bf16" or (config.train.precision == "auto" and native)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)

@@ -1,0 +1,86 @@
+"""A configuration -> the memory that its training takes at its highest, before anything is trained.
+
+One step forward and back runs on fake tensors, which have a shape and a type but no memory, through the very code that
+trains; every storage that comes and goes is counted."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from meamtm.config import RunConfig
+from meamtm.model.encoder import Encoder
+from meamtm.model.precision import autocast
+
+MOMENTS = 2
+"""Numbers that AdamW keeps for each weight."""
+
+
+def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
+    """Estimates the peak of one process's training beyond what Python and torch take by themselves, on a CPU.
+
+    Counted are weights, their moving average, AdamW's moments, gradients, activations and waveforms.
+    """
+    num_clips = -(-config.train.batch_size // max(config.scale.workers, 1))
+    with torch.device("meta"):
+        size = (config.mel.num_bands, config.num_frames)
+        encoder = Encoder(config.encoder, size, num_labels).train()
+    encoder.set_grad_checkpointing(config.train.grad_checkpointing)
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        _bring_to_cpu(encoder)
+        with _Count() as count:
+            image = torch.empty(num_clips, 1, *size)
+            with autocast(config, image.device):
+                logits = encoder(image)
+            logits.float().logsumexp(1).sum().backward()
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in encoder.parameters())
+    kept_copies = 1 + MOMENTS + (config.train.ema_decay > 0)
+    waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
+    return count.peak_bytes + kept_copies * weight_bytes + waveform_bytes
+
+
+class _Count(TorchDispatchMode):
+    """Adds up the storages that operations make, for as long as something refers to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self._live_bytes += num_bytes
+            weakref.finalize(storage, self._forget, key, num_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self._live_bytes -= num_bytes
+
+
+def _bring_to_cpu(module: nn.Module) -> None:
+    """Replaces weights and buffers by fake ones; inside a fake mode `to_empty` cannot."""
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_strided(weight.shape, weight.stride()))
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype)
