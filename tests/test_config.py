@@ -49,6 +49,7 @@ valid_changes = st.fixed_dictionaries(
         "mel.fmax_hz": st.none() | st.floats(100, 4_000),
         "mel.kind": st.sampled_from(["slaney", "htk", "kaldi"]),
         "mel.trainable": st.booleans(),
+        "encoder.pretrained": st.sampled_from(["none", "deit_tiny_patch16_224", "weights/ast.pth"]),
         "encoder.stem": st.sampled_from(["conv", "patch"]),
         "encoder.stem_channels": st.lists(st.integers(8, 4_096), min_size=1, max_size=5),
         "encoder.patch": st.tuples(st.integers(16, 64), st.integers(16, 64)).map(list),
@@ -85,6 +86,7 @@ ANOTHER: dict[str, Any] = {
     "mel.trainable": True,
     "mel.backend": "conv",
     "encoder.preset": "ast_base",
+    "encoder.pretrained": "deit_tiny_patch16_224",
     "encoder.stem": "patch",
     "encoder.stem_channels": [32, 64],
     "encoder.stem_activation": "silu",
@@ -396,6 +398,32 @@ def test_where_a_data_set_lies_does_not_change_the_signature() -> None:
 
     assert signed("data/esc10") == signed("/mnt/data/esc10/") == signed("s3://bucket/esc10")
     assert signed("data/esc10") != signed("data/esc50")
+
+
+def test_where_weights_to_begin_with_lie_does_not_change_the_signature() -> None:
+    def signed(pretrained: str) -> str:
+        return signature(override(RunConfig(), {"encoder.pretrained": pretrained}))
+
+    assert signed("ast.pth") == signed("/mnt/weights/ast.pth") == signed("~/ast.pth")
+    assert signed("weights/ast") == signed("/mnt/ast/") == signed("weights/ast/model.safetensors")
+    names = ["none", "deit_tiny_patch16_224", "ast.pth", "weights/ast", "weights/vit/model.safetensors", "ast.pt"]
+    assert len({signed(name) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "is_path"),
+    [
+        ("none", False),
+        ("vit_tiny_patch16_224.augreg_in21k", False),
+        ("deit.pth", True),
+        ("deit.safetensors", True),
+        ("./ast", True),
+        ("/weights/ast.bin", True),
+    ],
+)
+def test_weights_to_begin_with_are_a_path_or_a_name_of_timm(pretrained: str, is_path: bool) -> None:
+    path = override(RunConfig(), {"encoder.pretrained": pretrained}).encoder.pretrained_path
+    assert path == (Path(pretrained) if is_path else None)
 
 
 def test_every_key_says_what_it_means() -> None:

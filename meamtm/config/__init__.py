@@ -18,6 +18,8 @@ from meamtm.config.flat import (
     write_yaml,
 )
 from meamtm.config.schema import (
+    WEIGHT_FILES,
+    WEIGHT_SUFFIXES,
     AugmentConfig,
     DataConfig,
     EncoderConfig,
@@ -33,6 +35,8 @@ from meamtm.config.schema import (
 )
 
 __all__ = [
+    "WEIGHT_FILES",
+    "WEIGHT_SUFFIXES",
     "AugmentConfig",
     "DataConfig",
     "EncoderConfig",

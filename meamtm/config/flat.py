@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from meamtm.config.schema import RunConfig
+from meamtm.config.schema import WEIGHT_FILES, RunConfig
 from meamtm.errors import ConfigError
 
 Value = bool | int | float | str | None | list[Any]
@@ -68,10 +68,13 @@ def signature(config: RunConfig) -> str:
     """Names a run: 8 hex digits of a hash over the keys that can change its result.
 
     A data set counts by the last part of its path: where it lies changes nothing, and another set of the same name is
-    told apart by its digest, which a checkpoint holds.
+    told apart by its digest, which a checkpoint holds. So do weights to begin with, or their folder where the file has
+    the name that Hugging Face gives to all.
     """
     flat = {key: value for key, value in flatten(config).items() if not key.startswith(UNSCIENTIFIC)}
     flat["data.path"] = PurePath(config.data.path).name
+    if (path := config.encoder.pretrained_path) is not None:
+        flat["encoder.pretrained"] = (path.parent if path.name in WEIGHT_FILES else path).name
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
 
 

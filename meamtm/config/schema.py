@@ -1,6 +1,7 @@
 """What can be set: one frozen section per room. Every default lives here, once, with its meaning, unit and range."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -121,12 +122,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Architectures that have a name, and what it fixes."""
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+"""Of files that hold weights."""
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What such a file is called in a folder that Hugging Face's libraries wrote."""
+
 
 class EncoderConfig(Section):
     """Log-mel spectrogram -> logits."""
 
     preset: Literal["none", "ast_base"] = Field(
         default="none", description="ast_base: stem, size and pool of the Audio Spectrogram Transformer (Gong 2021)"
+    )
+    pretrained: str = Field(
+        default="none",
+        min_length=1,
+        description="weights to begin with: timm's name of a ViT or DeiT, or a file or folder of one, or of an AST",
     )
     stem: Literal["conv", "patch"] = Field(
         default="conv", description="conv: stages of two 3x3 convolutions and a pooling; patch: a linear map"
@@ -163,6 +174,12 @@ class EncoderConfig(Section):
     def width(self) -> int:
         """Width of a token: heads x head_dim."""
         return self.heads * self.head_dim
+
+    @property
+    def pretrained_path(self) -> Path | None:
+        """File or folder of the weights to begin with; None where there are none, or timm's."""
+        is_path = "/" in self.pretrained or self.pretrained.endswith(WEIGHT_SUFFIXES)
+        return Path(self.pretrained) if is_path else None
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,7 @@ import json
 import logging
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from meamtm.data.cache import open_clips
 from meamtm.data.loader import Loader
 from meamtm.data.packed import read_card
 from meamtm.data.split import split_clips
+from meamtm.model.pretrained import Borrowed, borrow
 from meamtm.model.transformer import AudioTransformer
 from meamtm.tracking import (
     Sink,
@@ -72,8 +73,9 @@ def conclude(config: RunConfig, metrics: dict[str, float], sinks: Sinks) -> Outc
         sinks.log(evaluation.metrics, int(metrics["epoch"]))
         record_evaluation(evaluation, folder / "test", sinks)
     curves_figure(read_rows(folder / "metrics.jsonl"), folder / "curves.png")
-    for name in ("config.yaml", "curves.png"):
-        sinks.artifact(folder / name)
+    for name in ("config.yaml", "curves.png", "pretrained.json"):
+        if (folder / name).exists():
+            sinks.artifact(folder / name)
     return Outcome(folder, checkpoint, metrics, evaluation)
 
 
@@ -103,21 +105,25 @@ def open_record(config: RunConfig, parent_run_id: str | None = None) -> Sinks:
     before anything is written.
     """
     folder, marks = run_folder(config), tags(config)
-    _check(config)
     found = newest(folder)
+    borrowed = _check(config, is_new=found is None)
     sinks = open_sink(config.tracking, folder, run_name(config), parent_run_id=parent_run_id)
     sinks.start(flatten(config), marks, from_step=int(read_record(found)["epoch"]) if found else 0)
     write_yaml(folder / "config.yaml", flatten(config))
+    if borrowed is not None:
+        (folder / "pretrained.json").write_text(json.dumps(asdict(borrowed), indent=1))
     return sinks
 
 
-def _check(config: RunConfig) -> None:
-    """Makes what training makes, to see whether folds, batches, bands and optimizer can be had."""
+def _check(config: RunConfig, *, is_new: bool) -> Borrowed | None:
+    """Makes what training makes, to see whether folds, batches, bands, optimizer and a new run's weights can be had."""
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     indices = split_clips(clips, config.data).train
     world_size = max(config.scale.workers, 1)
     Loader(clips, indices, config.clip_samples, config.train.batch_size, seed=0, train=True, world_size=world_size)
-    make_optimizer(AudioTransformer(config, len(clips.classes)), config.optim)
+    model = AudioTransformer(config, len(clips.classes))
+    make_optimizer(model, config.optim)
+    return borrow(model.encoder, config.encoder) if is_new and config.encoder.pretrained != "none" else None
 
 
 def record_evaluation(evaluation: Evaluation, folder: Path, sinks: Sink) -> None:
@@ -146,6 +152,8 @@ def absolute(config: RunConfig) -> RunConfig:
     changes: dict[str, str] = {"runs_dir": str(Path(config.runs_dir).expanduser().resolve())}
     if "://" not in config.data.path:
         changes["data.path"] = str(Path(config.data.path).expanduser().resolve())
+    if (path := config.encoder.pretrained_path) is not None:  # not resolved: a link's target may have no suffix
+        changes["encoder.pretrained"] = str(path.expanduser().absolute())
     if config.tracking.mlflow:
         changes["tracking.uri"] = resolve_uri(config.tracking)
     return override(config, changes)

@@ -16,6 +16,7 @@ from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
 from meamtm.data.split import Split, split_clips
 from meamtm.errors import MeamtmError
+from meamtm.model.pretrained import borrow
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import Labels, check_origin, load_state, read_record, save
 from meamtm.training.context import Context, Stopped
@@ -76,6 +77,10 @@ def _start(config: RunConfig, context: Context, clips: Clips, split: Split, step
     model = AudioTransformer(config, len(clips.classes))
     if context.resume_from() is None:
         model.mel.fit(*_measure(model, clips, split.train, config.clip_samples))
+        if config.encoder.pretrained != "none":
+            borrowed = borrow(model.encoder, config.encoder)
+            if context.rank == 0:
+                logger.info("%s", borrowed)
     return make_learner(
         config,
         model,
