@@ -59,7 +59,7 @@ class Encoder(VisionTransformer):
         )
         grid = self.patch_embed.grid_size
         if is_ast:
-            self.fc_norm = nn.LayerNorm(config.width, eps=1e-6)
+            self.fc_norm = nn.LayerNorm(config.width)  # AST's head has torch's epsilon
         match config.positions:
             case "joint":
                 self.positions = JointPositions(grid, config.width, self.num_prefix_tokens)
