@@ -47,7 +47,7 @@ valid_changes = st.fixed_dictionaries(
         "mel.window_ms": st.floats(20, 1_000),
         "mel.hop_ms": st.floats(1, 15),
         "mel.fmax_hz": st.none() | st.floats(100, 4_000),
-        "mel.kind": st.sampled_from(["slaney", "htk"]),
+        "mel.kind": st.sampled_from(["slaney", "htk", "kaldi"]),
         "encoder.stem": st.sampled_from(["conv", "patch"]),
         "encoder.stem_channels": st.lists(st.integers(8, 4_096), min_size=1, max_size=5),
         "encoder.patch": st.tuples(st.integers(16, 64), st.integers(16, 64)).map(list),

@@ -40,7 +40,10 @@ class MelConfig(Section):
     hop_ms: float = Field(default=20.0, gt=0, le=1_000, description="from one frame to the next, ms")
     fmin_hz: float = Field(default=40.0, ge=0, description="lower edge of the lowest band, Hz")
     fmax_hz: float | None = Field(default=None, gt=0, description="upper edge of the highest band, Hz; null: Nyquist")
-    kind: Literal["slaney", "htk"] = Field(default="slaney", description="mel scale")
+    kind: Literal["slaney", "htk", "kaldi"] = Field(
+        default="slaney",
+        description="mel scale; kaldi: as AST, which has 128 bands, 25 ms, 10 ms and fmin_hz 20 at 16 kHz",
+    )
     backend: Literal["auto", "conv", "fft"] = Field(
         default="auto", description="conv: nnAudio's kernels; fft: the same result by FFT; auto: fft on a CPU"
     )
@@ -64,6 +67,15 @@ class MelConfig(Section):
     def top_hz(self) -> float:
         """Upper edge of the highest band, Hz."""
         return self.fmax_hz if self.fmax_hz is not None else self.sample_rate_hz / 2
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether frame n is centred on sample n x hop; if not, it begins there and no frame passes a clip's end."""
+        return self.kind != "kaldi"
+
+    def num_frames(self, num_samples: Any) -> Any:
+        """Counts the frames of one window or more, given as an int or a tensor of ints."""
+        return 1 + (num_samples - (0 if self.is_centred else self.window_samples)) // self.hop_samples
 
     @model_validator(mode="after")
     def _check(self) -> "MelConfig":
@@ -264,7 +276,7 @@ class RunConfig(Section):
     @property
     def num_frames(self) -> int:
         """Spectrogram frames of one clip."""
-        return 1 + self.clip_samples // self.mel.hop_samples
+        return self.mel.num_frames(self.clip_samples)
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -1,10 +1,8 @@
 """Waveforms -> normalised log-mel spectrograms, computed inside the model.
 
-The kernels are nnAudio's: its windowed Fourier kernels and its mel basis. `conv` applies them as nnAudio does (strided
-convolutions, what a GPU likes); `fft` takes the same window and basis through an FFT, which costs a CPU far less. Both
-give the same numbers. Power is taken without the square root in between, whose gradient is NaN on silence."""
-
-import warnings
+`conv` multiplies by Fourier kernels as nnAudio does (strided convolutions, what a GPU likes); `fft` takes the same
+window and basis through an FFT, which costs a CPU far less. Both give the same numbers. Power is taken without the
+square root in between, whose gradient is NaN on silence."""
 
 import torch
 import torch.nn.functional as F
@@ -12,62 +10,101 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meamtm.config import MelConfig
-from meamtm.errors import ConfigError
+from meamtm.model.kernels import PRE_EMPHASIS, make_kernels
 
 LOG_FLOOR = 1e-6
 """Power added before the logarithm: a full-scale 16-bit step has 1e-9, audible sound far more."""
+KALDI_FLOOR = torch.finfo(torch.float32).eps
+"""Least power whose logarithm Kaldi takes."""
+
+BANDS_AT_ONCE = 32
+"""Bands that are summed by one matrix product: 128 so take 3 ms instead of 7, and not yet many products."""
+
+SAMPLES_AT_ONCE = 2**20
+"""Samples of all frames that a CPU transforms at once: what lies between them and the bands stays in its cache."""
 
 
 class MelLayer(nn.Module):
     """Computes log-mel spectrograms in float32, whatever autocast says, and brings them to mean 0 and deviation 1.
 
-    The kernels follow from the config, so they are not part of a checkpoint; mean and deviation of the training clips
-    are, in nepers of power.
+    Window and kernels follow from the config, so they are not part of a checkpoint; mean and deviation of the training
+    clips are, in nepers of power. `kaldi` divides by two deviations, as AST does.
     """
 
     mean: Tensor
     std: Tensor
     window: Tensor
-    basis: Tensor
     kernels: Tensor
+    basis: Tensor
 
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
         self.config = config
-        window, basis, kernels = _nnaudio_kernels(config)
+        window, basis, kernels = make_kernels(config)
+        self.runs = _runs(basis)
         self.register_buffer("window", window, persistent=False)
-        self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("kernels", kernels, persistent=False)
+        self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
     def forward(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch band frame"]:
-        """Gives one frame per hop, centred on it; samples are in -1..1. What is shorter than a window is padded."""
+        """Gives one frame per hop, of samples in -1..1. What is shorter than a window is padded with silence."""
         with torch.autocast(waveform.device.type, enabled=False):
-            return (self.log_mel(waveform.float()) - self.mean) / self.std
+            std = self.std * (2 if self.config.kind == "kaldi" else 1)
+            return self.log_mel(waveform.float()).sub_(self.mean).div_(std)
 
     def log_mel(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch band frame"]:
         """Gives the logarithm of the mel power, before normalisation."""
-        missing = self.config.window_samples - waveform.shape[-1]
-        if missing > 0:  # reflection needs more samples than the half transform that it mirrors
-            waveform = F.pad(waveform, (0, missing))
+        waveform = self._extended(waveform)
         use_fft = self.config.backend == "fft" or (self.config.backend == "auto" and waveform.device.type == "cpu")
-        power = self._power_by_fft(waveform) if use_fft else self._power_by_convolution(waveform)
-        return torch.log(self.basis @ power + LOG_FLOOR)
+        if use_fft:
+            parts = waveform.split(self._clips_at_once(waveform))
+            mel = torch.cat([self._mel(self._power_by_fft(part)) for part in parts])
+        else:
+            mel = self._mel(self._power_by_convolution(waveform))
+        return torch.log(mel.clamp(min=KALDI_FLOOR) if self.config.kind == "kaldi" else mel + LOG_FLOOR)
 
-    def _power_by_fft(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch bin frame"]:
-        config = self.config
-        spectrum = torch.stft(
-            waveform, config.num_fft, config.hop_samples, window=self.window, center=True, return_complex=True
-        )
-        return torch.view_as_real(spectrum).square().sum(-1)
-
-    def _power_by_convolution(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch bin frame"]:
+    def _extended(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch padded"]:
+        """Adds what frames hear beyond a clip: silence up to one window, then, around centred frames, its mirror."""
+        missing = self.config.window_samples - waveform.shape[-1]
+        if missing > 0:
+            waveform = F.pad(waveform, (0, missing))
+        if not self.config.is_centred:
+            return waveform
         half = self.config.num_fft // 2
-        padded = F.pad(waveform.unsqueeze(1), (half, half), mode="reflect")
-        parts = F.conv1d(padded, self.kernels, stride=self.config.hop_samples)  # (batch, 2 x bin, frame)
+        return F.pad(waveform.unsqueeze(1), (half, half), mode="reflect").squeeze(1)
+
+    def _clips_at_once(self, waveform: Float[Tensor, "batch padded"]) -> int:
+        if waveform.device.type != "cpu":
+            return len(waveform)
+        return max(1, SAMPLES_AT_ONCE * self.config.hop_samples // (self.config.num_fft * waveform.shape[-1]))
+
+    def _power_by_fft(self, waveform: Float[Tensor, "batch padded"]) -> Float[Tensor, "batch bin frame"]:
+        frames = self._kaldi_frames(waveform) if self.config.kind == "kaldi" else self._frames(waveform)
+        spectrum = torch.fft.rfft(frames)  # (batch, frame, bin)
+        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # a third of what |.| squared takes
+        return power.transpose(1, 2)
+
+    def _frames(self, waveform: Float[Tensor, "batch padded"]) -> Float[Tensor, "batch frame sample"]:
+        return waveform.unfold(1, self.config.num_fft, self.config.hop_samples) * self.window
+
+    def _kaldi_frames(self, waveform: Float[Tensor, "batch padded"]) -> Float[Tensor, "batch frame sample"]:
+        """Gives frames less their mean, of which pre-emphasis has left little; a frame's first sample has no one
+        before it, and meets a window of 0."""
+        num_window, num_fft = self.config.window_samples, self.config.num_fft
+        mean = waveform.unfold(1, num_window, self.config.hop_samples).mean(dim=2, keepdim=True)  # (batch, frame, 1)
+        emphasised = torch.sub(waveform[:, 1:], waveform[:, :-1], alpha=PRE_EMPHASIS)
+        frames = self._frames(F.pad(emphasised, (1, num_fft - num_window)))
+        return frames.addcmul_(mean, self.window, value=PRE_EMPHASIS - 1)
+
+    def _power_by_convolution(self, waveform: Float[Tensor, "batch padded"]) -> Float[Tensor, "batch bin frame"]:
+        parts = F.conv1d(waveform.unsqueeze(1), self.kernels, stride=self.config.hop_samples)  # (batch, 2 x bin, frame)
         cosine, sine = parts.chunk(2, dim=1)
         return cosine.square() + sine.square()
+
+    def _mel(self, power: Float[Tensor, "batch bin frame"]) -> Float[Tensor, "batch band frame"]:
+        return torch.cat([self.basis[bands, bins] @ power[:, bins] for bands, bins in self.runs], dim=1)
 
     @torch.no_grad()
     def fit(self, mean: float, std: float) -> None:
@@ -76,29 +113,11 @@ class MelLayer(nn.Module):
         self.std.fill_(max(std, 1e-3))  # a set of pure silence has no deviation
 
 
-def _nnaudio_kernels(config: MelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes window (num_fft,), mel basis (band, bin) and Fourier kernels (2 x bin, 1, num_fft) with nnAudio."""
-    from nnAudio.features import MelSpectrogram
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Empty filters")  # an error below
-        layer = MelSpectrogram(
-            sr=config.sample_rate_hz,
-            n_fft=config.num_fft,
-            win_length=config.window_samples,
-            hop_length=config.hop_samples,
-            n_mels=config.num_bands,
-            fmin=config.fmin_hz,
-            fmax=config.top_hz,
-            htk=config.kind == "htk",
-            verbose=False,
-        )
-    basis = layer.get_buffer("mel_basis").clone()
-    empty = int((basis.amax(dim=1) <= 0).sum())
-    if empty:
-        raise ConfigError(
-            f"mel.num_bands={config.num_bands}: {empty} bands lie between two of the {config.num_fft // 2 + 1} "
-            f"frequency bins and would stay empty; lower it, raise mel.fmin_hz or lengthen mel.window_ms"
-        )
-    cosine, sine = layer.get_buffer("stft.wcos"), layer.get_buffer("stft.wsin")  # (bin, 1, num_fft)
-    return cosine[0, 0].clone(), basis, torch.cat((cosine, sine))  # the cosine of frequency 0 is the bare window
+def _runs(basis: Float[Tensor, "band bin"]) -> list[tuple[slice, slice]]:
+    """Pairs runs of neighbouring bands with the bins that they hear, which are few."""
+    runs = []
+    for low in range(0, len(basis), BANDS_AT_ONCE):
+        bands = slice(low, low + BANDS_AT_ONCE)
+        heard = basis[bands].any(dim=0).nonzero().flatten().tolist() or [0]  # Kaldi's may all be empty
+        runs.append((bands, slice(heard[0], heard[-1] + 1)))
+    return runs
