@@ -210,6 +210,36 @@ def test_frames_are_as_many_as_the_config_says(
     )
     mel = MelLayer(config.mel)
     assert mel(noise(1, config.clip_samples)).shape == (1, 8, config.num_frames)
+    assert mel.num_frames(config.clip_samples) == config.num_frames
+    lengths = torch.tensor([config.clip_samples, 1])
+    assert mel.num_frames(lengths).tolist() == [config.num_frames, mel(noise(1, 1)).shape[2]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 4_000), min_size=1, max_size=4),
+    window_ms=st.sampled_from([20, 25, 32]),
+    kind=st.sampled_from(KINDS),
+    backend=st.sampled_from(BACKENDS),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_clip_in_a_padded_batch_is_what_it_is_alone(
+    lengths: list[int], window_ms: float, kind: str, backend: str
+) -> None:
+    mel = layer(kind=kind, backend=backend, window_ms=window_ms, num_bands=32)
+    mel.fit(-6.0, 2.0)
+    clips = [noise(1, length)[0] for length in lengths]
+    batch = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    together = mel(batch, torch.tensor(lengths))
+    for clip, found, num_frames in zip(clips, together, mel.num_frames(torch.tensor(lengths)).tolist(), strict=True):
+        torch.testing.assert_close(found[:, :num_frames], mel(clip[None])[0], atol=1e-5, rtol=0)
+        assert (found[:, num_frames:] == 0).all()
+
+
+def test_without_its_length_a_clips_end_is_heard_otherwise() -> None:
+    """So the test above can fail: the last frames reach into the padding."""
+    mel, clip = layer(), noise(1, 3_200)
+    padded = torch.nn.functional.pad(clip, (0, 800))
+    assert (mel(padded)[:, :, :11] - mel(clip)).abs().max() > 0.1
 
 
 def test_autocast_leaves_it_in_float32() -> None:

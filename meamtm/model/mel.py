@@ -4,9 +4,11 @@
 window and basis through an FFT, which costs a CPU far less. Both give the same numbers. Power is taken without the
 square root in between, whose gradient is NaN on silence."""
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from meamtm.config import MelConfig
@@ -48,15 +50,40 @@ class MelLayer(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
-    def forward(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch band frame"]:
-        """Gives one frame per hop, of samples in -1..1. What is shorter than a window is padded with silence."""
+    def forward(
+        self, waveform: Float[Tensor, "batch time"], num_samples: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch band frame"]:
+        """Gives one frame per hop, of samples in -1..1. What is shorter than a window is padded with silence.
+
+        `num_samples` are the clips' own lengths in a batch padded with zeros: each gets the frames that it would get
+        alone, then zeros.
+        """
         with torch.autocast(waveform.device.type, enabled=False):
             std = self.std * (2 if self.config.kind == "kaldi" else 1)
-            return self.log_mel(waveform.float()).sub_(self.mean).div_(std)
+            normal = self.log_mel(waveform.float(), num_samples).sub_(self.mean).div_(std)
+        if num_samples is None:
+            return normal
+        frame = torch.arange(normal.shape[-1], device=normal.device)
+        beyond = frame >= self.num_frames(num_samples).unsqueeze(1)  # (batch, frame)
+        return normal.masked_fill(beyond.unsqueeze(1), 0.0)
 
-    def log_mel(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch band frame"]:
+    @overload
+    def num_frames(self, num_samples: int) -> int: ...
+
+    @overload
+    def num_frames(self, num_samples: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]: ...
+
+    def num_frames(self, num_samples: int | Int[Tensor, " batch"]) -> int | Int[Tensor, " batch"]:
+        """Counts the frames of clips of so many samples."""
+        least = self.config.window_samples
+        heard = max(num_samples, least) if isinstance(num_samples, int) else num_samples.clamp(min=least)
+        return self.config.num_frames(heard)
+
+    def log_mel(
+        self, waveform: Float[Tensor, "batch time"], num_samples: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch band frame"]:
         """Gives the logarithm of the mel power, before normalisation."""
-        waveform = self._extended(waveform)
+        waveform = self._extended(waveform, num_samples)
         use_fft = self.config.backend == "fft" or (self.config.backend == "auto" and waveform.device.type == "cpu")
         if use_fft:
             parts = waveform.split(self._clips_at_once(waveform))
@@ -65,7 +92,9 @@ class MelLayer(nn.Module):
             mel = self._mel(self._power_by_convolution(waveform))
         return torch.log(mel.clamp(min=KALDI_FLOOR) if self.config.kind == "kaldi" else mel + LOG_FLOOR)
 
-    def _extended(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch padded"]:
+    def _extended(
+        self, waveform: Float[Tensor, "batch time"], num_samples: Int[Tensor, " batch"] | None
+    ) -> Float[Tensor, "batch padded"]:
         """Adds what frames hear beyond a clip: silence up to one window, then, around centred frames, its mirror."""
         missing = self.config.window_samples - waveform.shape[-1]
         if missing > 0:
@@ -73,7 +102,12 @@ class MelLayer(nn.Module):
         if not self.config.is_centred:
             return waveform
         half = self.config.num_fft // 2
-        return F.pad(waveform.unsqueeze(1), (half, half), mode="reflect").squeeze(1)
+        extended = F.pad(waveform.unsqueeze(1), (half, half), mode="reflect").squeeze(1)
+        if num_samples is None:
+            return extended
+        end = half - 1 + num_samples.clamp(min=self.config.window_samples).long().unsqueeze(1)  # (batch, 1)
+        distance = torch.arange(1, half + 1, device=waveform.device)
+        return extended.scatter(1, end + distance, extended.gather(1, end - distance))
 
     def _clips_at_once(self, waveform: Float[Tensor, "batch padded"]) -> int:
         if waveform.device.type != "cpu":
