@@ -27,6 +27,7 @@ PLAIN = {
         PLAIN,
         {"encoder.pool": "cls", "encoder.depth": 3},
         {"encoder.pool": "attention", "encoder.stem_channels": [8, 16]},
+        {"mel.trainable": True, "mel.window_ms": 25},
     ],
 )
 @pytest.mark.parametrize("num_labels", [2, 10])

@@ -1,4 +1,4 @@
-"""The log-mel layer is nnAudio's or Kaldi's, and holds on silence, on scraps, under autocast and under gain."""
+"""The log-mel layer is nnAudio's or Kaldi's, and holds on silence, on scraps, under autocast, gain and training."""
 
 import warnings
 from pathlib import Path
@@ -10,12 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnAudio.features import MelSpectrogram
+from tiny import Record, local, tiny
 from torch import Tensor
 
 from meamtm.config import MelConfig, from_flat
 from meamtm.data.audio import read_audio
 from meamtm.errors import ConfigError
 from meamtm.model.mel import KALDI_FLOOR, LOG_FLOOR, MelLayer
+from meamtm.training.checkpoint import load_model, load_state, newest
+from meamtm.training.context import Stopped
+from meamtm.training.run import run_folder
+from meamtm.training.train import train
 
 BACKENDS = ("conv", "fft")
 KINDS = ("slaney", "htk", "kaldi")
@@ -253,9 +258,74 @@ def test_autocast_leaves_it_in_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_mean_and_deviation_are_part_of_a_checkpoint(kind: str) -> None:
+def test_only_mean_and_deviation_are_part_of_a_checkpoint_and_a_basis_that_trains(kind: str) -> None:
     assert set(layer(kind=kind).state_dict()) == {"mean", "std"}
     assert [name for name, _ in layer(kind=kind).named_parameters()] == []
+    assert set(layer(kind=kind, trainable=True).state_dict()) == {"mean", "std", "basis_root"}
+    assert [name for name, _ in layer(kind=kind, trainable=True).named_parameters()] == ["basis_root"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_untrained_basis_is_the_fixed_one(kind: str, backend: str) -> None:
+    fixed, trainable = (layer(kind=kind, backend=backend, trainable=trains) for trains in (False, True))
+    torch.testing.assert_close(trainable(noise()), fixed(noise()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_go_no_further_back_than_what_trains(kind: str, backend: str) -> None:
+    assert layer(kind=kind, backend=backend)(noise()).grad_fn is None
+    mel = layer(kind=kind, backend=backend, trainable=True)
+    log_mel = mel(noise())
+    assert graph(log_mel.grad_fn).isdisjoint({"ConvolutionBackward0", "FftR2CBackward0", "UnfoldBackward0"})
+    heard = mel(noise().requires_grad_())
+    assert graph(heard.grad_fn) & {"ConvolutionBackward0", "FftR2CBackward0"}  # so the names are right
+    log_mel.sum().backward()
+    assert mel.basis_root.grad is not None
+    assert (mel.basis_root.grad[mel.basis == 0] == 0).all()
+    assert mel.basis_root.grad.abs().max() > 0
+
+
+def graph(node: Any) -> set[str]:
+    """The kinds of operations that a backward pass runs through."""
+    return {node.name()}.union(*(graph(parent) for parent, _ in node.next_functions if parent is not None))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_basis_that_trains_moves_and_stays_a_basis(packed: Path, cache_dir: Path, tmp_path: Path, kind: str) -> None:
+    """200 steps; then it comes back from the checkpoint, averaged like every other weight."""
+    changes = {"mel.trainable": True, "mel.kind": kind, "optim.lr": 1e-3, "train.epochs": 50, "train.checkpoint_s": 60}
+    config = tiny(packed, cache_dir, tmp_path, changes)
+    record = Record()
+    train(config, local(config, record))
+    losses = record.column("train/loss")
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    folder = newest(run_folder(config))
+    state = load_state(folder)
+    assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {200}
+    trained, saved, initial = state["model"]["mel.basis_root"], load_model(folder).model.mel, MelLayer(config.mel)
+    assert torch.equal(saved.basis_root, state["ema"]["mel.basis_root"])
+    assert not torch.equal(saved.basis_root, trained)
+    assert torch.equal(saved(noise()), load_model(folder).model.mel(noise()))
+    for basis in (saved.basis, trained.square()):
+        assert (basis >= 0).all()
+        assert basis.isfinite().all()
+        assert (basis[initial.basis == 0] == 0).all()
+        assert (basis - initial.basis).abs().max() > 0.003 * initial.basis.max()
+
+
+def test_a_basis_in_training_resumes_bit_for_bit(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    whole, parted = (tiny(packed, cache_dir, tmp_path / kind, {"mel.trainable": True}) for kind in ("whole", "parted"))
+    train(whole, local(whole))
+    steps = iter(range(1, 100))
+    with pytest.raises(Stopped):
+        train(parted, local(parted, should_stop=lambda: next(steps) >= 6))
+    train(parted, local(parted))
+    one, two = (load_state(newest(run_folder(config))) for config in (whole, parted))
+    for weights in ("model", "ema"):
+        assert torch.equal(one[weights]["mel.basis_root"], two[weights]["mel.basis_root"])
 
 
 def test_a_fitted_layer_gives_mean_0_and_deviation_1() -> None:

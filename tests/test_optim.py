@@ -26,11 +26,11 @@ def course(config: OptimConfig, num_steps: int, steps_per_epoch: int = 10) -> li
     return [lr_factor(config, step, num_steps, steps_per_epoch) for step in range(num_steps)]
 
 
-def tiny_model(pool: str = "cls") -> AudioTransformer:
+def tiny_model(pool: str = "cls", **mel: Any) -> AudioTransformer:
     shape = {"data.clip_s": 0.5, "mel.sample_rate_hz": 8_000, "mel.num_bands": 16, "encoder.stem_channels": [8]}
     width = {"encoder.heads": 1, "encoder.head_dim": 8, "encoder.depth": 1, "encoder.pool": pool}
     torch.manual_seed(0)
-    return AudioTransformer(from_flat(shape | width), 3)
+    return AudioTransformer(from_flat(shape | width | {f"mel.{key}": value for key, value in mel.items()}), 3)
 
 
 @given(schedule=schedules, warmup=st.floats(0, 0.9), final=st.floats(0, 1), num_steps=st.integers(1, 300))
@@ -146,7 +146,39 @@ def test_an_optimizer_that_timm_does_not_know_is_refused() -> None:
         make_optimizer(tiny_model(), optim(name="adamx"))
 
 
+@pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize(("name", "is_fused"), [("adamw", True), ("sgd", True), ("lion", False)])
-def test_one_pass_over_all_weights_where_the_optimizer_has_it(name: str, is_fused: bool) -> None:
-    optimizer = make_optimizer(tiny_model(), optim(name=name))
+def test_one_pass_over_all_weights_where_the_optimizer_has_it(name: str, is_fused: bool, trainable: bool) -> None:
+    optimizer = make_optimizer(tiny_model(trainable=trainable), optim(name=name))
     assert bool(optimizer.defaults.get("fused")) == is_fused
+    assert all(bool(group.get("fused")) == is_fused for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
+def test_a_trained_mel_basis_has_its_own_rate_and_no_decay(name: str) -> None:
+    model = tiny_model(trainable=True)
+    config = optim(name=name, lr=0.2, weight_decay=0.3, mel_lr_scale=0.05, schedule="constant", warmup=0)
+    optimizer = make_optimizer(model, config)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    *others, own = optimizer.param_groups
+    assert [id(weight) for weight in own["params"]] == [id(model.mel.basis_root)]
+    assert (own["lr"], own["weight_decay"]) == (pytest.approx(0.01), 0)
+    set_lr(optimizer, config, 0, 8, 4)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2] * len(others) + [0.01])
+    assert make_optimizer(tiny_model(), config).param_groups[0].keys() == others[0].keys()
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "nadamw", "adafactor", "muon"])
+def test_no_optimizer_fills_the_zeros_of_a_trained_mel_basis(name: str) -> None:
+    model = tiny_model(trainable=True)
+    before = model.mel.basis.detach().clone()
+    optimizer = make_optimizer(model, optim(name=name, lr=1e-2, weight_decay=0.3))
+    for seed in range(3):
+        waveform = 0.1 * torch.randn(6, 4_000, generator=torch.Generator().manual_seed(seed))
+        torch.nn.functional.cross_entropy(model(waveform), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model.mel.basis.detach()
+    assert after.isfinite().all()
+    assert torch.equal(after[before == 0], before[before == 0])
+    assert not torch.equal(after, before)

@@ -44,6 +44,7 @@ class MelConfig(Section):
         default="slaney",
         description="mel scale; kaldi: as AST, which has 128 bands, 25 ms, 10 ms and fmin_hz 20 at 16 kHz",
     )
+    trainable: bool = Field(default=False, description="train the mel basis too, from this one on")
     backend: Literal["auto", "conv", "fft"] = Field(
         default="auto", description="conv: nnAudio's kernels; fft: the same result by FFT; auto: fft on a CPU"
     )
@@ -208,6 +209,9 @@ class OptimConfig(Section):
     step_epochs: int = Field(default=10, ge=1, description="epochs between drops (step)")
     step_gamma: float = Field(default=0.5, gt=0, le=1, description="factor at each drop (step)")
     clip_grad: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no limit")
+    mel_lr_scale: float = Field(
+        default=0.1, gt=0, le=10, description="rate of a trained mel basis over lr: its roots are about 0.1, not 1"
+    )
 
 
 class TrainConfig(Section):

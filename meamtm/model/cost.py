@@ -28,6 +28,7 @@ def cost(config: RunConfig, num_labels: int = 10) -> Cost:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(image)
     num_params = sum(parameter.numel() for parameter in encoder.parameters())
+    num_params += config.mel.num_bands * (config.mel.num_fft // 2 + 1) if config.mel.trainable else 0
     copies = 2 + 2 + (config.train.ema_decay > 0)  # weights kept, weights trained, two moments, the average
     return Cost(
         num_params=num_params,

@@ -30,14 +30,16 @@ class MelLayer(nn.Module):
     """Computes log-mel spectrograms in float32, whatever autocast says, and brings them to mean 0 and deviation 1.
 
     Window and kernels follow from the config, so they are not part of a checkpoint; mean and deviation of the training
-    clips are, in nepers of power. `kaldi` divides by two deviations, as AST does.
+    clips are, in nepers of power. So is a basis that trains, as its square root: squared it cannot become negative,
+    and its zeros, where the square has no slope, stay. `kaldi` divides by two deviations, as AST does.
     """
 
     mean: Tensor
     std: Tensor
     window: Tensor
     kernels: Tensor
-    basis: Tensor
+    initial_basis: Tensor
+    basis_root: Tensor
 
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
@@ -46,9 +48,15 @@ class MelLayer(nn.Module):
         self.runs = _runs(basis)
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("kernels", kernels, persistent=False)
-        self.register_buffer("basis", basis, persistent=False)
+        self.register_buffer("initial_basis", None if config.trainable else basis, persistent=False)
+        self.register_parameter("basis_root", nn.Parameter(basis.sqrt()) if config.trainable else None)
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
+
+    @property
+    def basis(self) -> Float[Tensor, "band bin"]:
+        """What each band hears of each frequency bin's power."""
+        return self.basis_root.square() if self.config.trainable else self.initial_basis
 
     def forward(
         self, waveform: Float[Tensor, "batch time"], num_samples: Int[Tensor, " batch"] | None = None
@@ -138,7 +146,8 @@ class MelLayer(nn.Module):
         return cosine.square() + sine.square()
 
     def _mel(self, power: Float[Tensor, "batch bin frame"]) -> Float[Tensor, "batch band frame"]:
-        return torch.cat([self.basis[bands, bins] @ power[:, bins] for bands, bins in self.runs], dim=1)
+        basis = self.basis
+        return torch.cat([basis[bands, bins] @ power[:, bins] for bands, bins in self.runs], dim=1)
 
     @torch.no_grad()
     def fit(self, mean: float, std: float) -> None:
