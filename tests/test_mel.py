@@ -197,7 +197,7 @@ def test_what_is_shorter_than_a_window_is_padded_with_silence(backend: str, num_
 
 
 @given(
-    clip_s=st.floats(0.05, 1.0),
+    clip_s=st.floats(0.1, 1.0),
     window_ms=st.floats(10, 50),
     hop_ms=st.floats(5, 10),
     sample_rate_hz=st.sampled_from([8_000, 11_025, 16_000, 22_050]),
