@@ -94,7 +94,8 @@ class MelLayer(nn.Module):
         waveform = self._extended(waveform, num_samples)
         use_fft = self.config.backend == "fft" or (self.config.backend == "auto" and waveform.device.type == "cpu")
         if use_fft:
-            parts = waveform.split(self._clips_at_once(waveform))
+            num_clips = self._clips_at_once(waveform)
+            parts = (waveform,) if num_clips is None else waveform.split(num_clips)
             mel = torch.cat([self._mel(self._power_by_fft(part)) for part in parts])
         else:
             mel = self._mel(self._power_by_convolution(waveform))
@@ -117,9 +118,10 @@ class MelLayer(nn.Module):
         distance = torch.arange(1, half + 1, device=waveform.device)
         return extended.scatter(1, end + distance, extended.gather(1, end - distance))
 
-    def _clips_at_once(self, waveform: Float[Tensor, "batch padded"]) -> int:
-        if waveform.device.type != "cpu":
-            return len(waveform)
+    def _clips_at_once(self, waveform: Float[Tensor, "batch padded"]) -> int | None:
+        """Counts the clips whose transforms a core's cache holds; None, for all, on other devices and in a graph."""
+        if waveform.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
         return max(1, SAMPLES_AT_ONCE * self.config.hop_samples // (self.config.num_fft * waveform.shape[-1]))
 
     def _power_by_fft(self, waveform: Float[Tensor, "batch padded"]) -> Float[Tensor, "batch bin frame"]:
