@@ -18,7 +18,7 @@ SMALL = {
     "encoder.stem_channels": [8, 16],
     "encoder.heads": 2,
     "encoder.head_dim": 16,
-    "encoder.depth": 2,
+    "encoder.depth": 1,
     "encoder.patch": [16, 16],
     "encoder.stride": [10, 10],
 }
@@ -68,5 +68,5 @@ def test_a_compiled_model_equals_the_model(kind: str) -> None:
     torch.compiler.reset()
     made = model(kind)
     compiled = torch.compile(made, dynamic=True)
-    for size in SIZES[:3]:
+    for size in SIZES[:2]:  # one clip alone would be compiled anew
         torch.testing.assert_close(compiled(noise(*size)), made(noise(*size)), atol=1e-4, rtol=0)

@@ -12,7 +12,12 @@ from meamtm.config import from_flat
 from meamtm.model.memory import peak_training_bytes
 
 AST = {
-    "encoder.preset": "ast_base",
+    "encoder.stem": "patch",
+    "encoder.stride": [10, 10],
+    "encoder.heads": 12,
+    "encoder.depth": 4,
+    "encoder.mlp_ratio": 4.0,
+    "encoder.pool": "cls_dist",
     "mel.kind": "kaldi",
     "mel.num_bands": 128,
     "mel.window_ms": 25,
