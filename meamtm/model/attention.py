@@ -1,6 +1,6 @@
 """Queries, keys, values -> what each token takes from the others, by the fastest way for device, precision and length.
 
-The one place where that way is chosen. Figures: docs/results.md, `python benchmarks/attention.py`."""
+The one place where that way is chosen, by what was measured (docs/results.md)."""
 
 from collections.abc import Iterator
 from typing import Any
