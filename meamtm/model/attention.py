@@ -16,7 +16,7 @@ Mask = Bool[Tensor, "batch 1 1 key"]
 SHORT = 256
 """Tokens up to which a CPU keeps all attention weights for the way back; it reads them faster than it makes them."""
 CHUNK = 2**21
-"""Attention weights that are held at once: 4 MB in bf16, which stay in a core's cache."""
+"""Attention weights that are held at once: 4 MB in bf16, which stay in the processor's cache."""
 
 
 class Attention(TimmAttention):
@@ -37,8 +37,9 @@ class Attention(TimmAttention):
 def attend(query: Heads, key: Heads, value: Heads, mask: Mask | None = None) -> Heads:
     """Gives softmax(query key' / sqrt(channel)) value.
 
-    torch's fused kernel is the fastest on CUDA, and on a CPU in float32. In bf16 on a CPU plain matrix products are,
-    over all clips at once where there are few tokens, and a few clips at a time where there are many.
+    torch's fused kernel on CUDA, and on a CPU in float32. In bf16 on a CPU plain matrix products are faster: over all
+    clips at once where there are few tokens; where there are many, a few heads at a time, which is slower than all at
+    once but does not keep every weight.
     """
     in_bf16_on_a_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if mask is not None or not in_bf16_on_a_cpu or torch.compiler.is_compiling():
