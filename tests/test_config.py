@@ -44,7 +44,7 @@ valid_changes = st.fixed_dictionaries(
         "data.valid_fold": st.none() | st.integers(4, 9),
         "mel.sample_rate_hz": st.integers(8_000, 192_000),
         "mel.num_bands": st.integers(64, 512),
-        "mel.window_ms": st.floats(20, 1_000),
+        "mel.window_ms": st.floats(20, 500),  # the shortest clip keeps enough frames, whichever kind frames it
         "mel.hop_ms": st.floats(1, 15),
         "mel.fmax_hz": st.none() | st.floats(100, 4_000),
         "mel.kind": st.sampled_from(["slaney", "htk", "kaldi"]),

@@ -236,7 +236,7 @@ class AugmentConfig(Section):
 
     roll: float = Field(default=1.0, ge=0, le=1, description="probability of a random circular shift in time")
     gain_db: float = Field(default=6.0, ge=0, le=40, description="gain drawn from +-this, dB")
-    speed: float = Field(default=0.15, ge=0, le=0.5, description="playing speed drawn from 1 +- this, in steps of 1/64")
+    speed: float = Field(default=0.15, ge=0, le=0.5, description="playing speed drawn from 1 +- this, in steps of 1/32")
     noise_db: float | None = Field(
         default=None, ge=0, le=80, description="signal over added white noise, dB: from this to 30 dB more; null: none"
     )

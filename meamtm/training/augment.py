@@ -14,8 +14,8 @@ from meamtm.data.audio import FULL_SCALE
 Samples = Int16[Tensor, "batch time"] | Float[Tensor, "batch time"]
 Waveform = Float[Tensor, "batch time"]
 Target = Float[Tensor, "batch label"]
-SPEED_STEPS = 64
-"""Playing speeds are n/64, 27 cents apart around 1."""
+SPEED_STEPS = 32
+"""Playing speeds are n/32, half a semitone apart around 1; finer ones would cost time in proportion."""
 NOISE_RANGE_DB = 30.0
 """Added noise lies from `augment.noise_db` up to this far above it."""
 
@@ -59,7 +59,7 @@ def _roll_speed_and_gain(samples: Samples, config: AugmentConfig, generator: tor
     """Shifts each clip circularly and plays it faster or slower, round and round until the output is full, and louder
     or softer.
 
-    Speed n/64 gives 64 samples for every n, each interpolated linearly between two: a product of frames of n samples
+    Speed n/32 gives 32 samples for every n, each interpolated linearly between two: a product of frames of n samples
     and one small matrix. 4x faster than reading between samples by index, which moves 16 bytes for 4; and a clip stays
     in the processor's cache from its 16 bits to what is played.
     """
@@ -87,7 +87,7 @@ def _roll_speed_and_gain(samples: Samples, config: AugmentConfig, generator: tor
 
 @cache
 def _interpolation(speed: int, device: torch.device) -> Float[Tensor, "sample step"]:
-    """How much of each of a frame's `speed` samples is in each of the 64 that are played."""
+    """How much of each of a frame's `speed` samples is in each of the 32 that are played."""
     position = torch.arange(SPEED_STEPS) * speed / SPEED_STEPS
     return (1 - (position - torch.arange(speed)[:, None]).abs()).clamp_min(0).to(device)
 
