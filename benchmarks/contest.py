@@ -6,11 +6,14 @@ A script names its contenders and cases, and hands both to `contest`:
 
 A contender is a function from a case to its work. It imports and builds what it needs, which is not measured, and
 returns a function that is: called again and again, it may return a dict of figures of its own. ImportError and
-AbsentError leave a contender out, with the reason. Memory is what a process takes above what it held when it had built.
+AbsentError leave a contender out, with the reason. Memory is what a process takes above what it held when it had built
+and given back what it no longer needed. A case may ask for fewer runs: `num_warmup` (1) and `num_timed` (3, or more).
 Where others use the machine, CPU time says more than the clock.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -95,15 +98,18 @@ def measure(contender: Contender, case: dict[str, Any], measure_s: float) -> dic
         work = contender(case)
     except (ImportError, AbsentError) as reason:
         return {"absent": str(reason)}
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, and is not taken for idle memory
     Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM is the work's own peak
     idle_mb = memory_mb("VmHWM")
     cuda = cuda_in_use()
     idle_cuda_mb = cuda.memory_allocated() / 2**20 if cuda else 0.0
     if cuda:
         cuda.reset_peak_memory_stats()
-    work()
+    for _ in range(case.get("num_warmup", 1)):
+        work()
     times, cpu_times, figures, began = [], [], [], time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - began < measure_s:
+    while len(times) < case.get("num_timed", 3) or time.perf_counter() - began < measure_s:
         started, cpu_started = time.perf_counter(), time.process_time()
         figures.append(work() or {})
         if cuda:
@@ -112,8 +118,9 @@ def measure(contender: Contender, case: dict[str, Any], measure_s: float) -> dic
         cpu_times.append(time.process_time() - cpu_started)
     own = {key: statistics.median(figure[key] for figure in figures) for key in figures[0]}
     peak_mb = cuda.max_memory_allocated() / 2**20 - idle_cuda_mb if cuda else memory_mb("VmHWM") - idle_mb
+    reserved = {"reserved_mb": cuda.max_memory_reserved() / 2**20} if cuda else {}
     ms, cpu_ms = (1_000 * statistics.median(each) for each in (times, cpu_times))
-    return {"ms": ms, "cpu_ms": cpu_ms, "peak_mb": peak_mb, "device": "cuda" if cuda else "cpu", **own}
+    return {"ms": ms, "cpu_ms": cpu_ms, "peak_mb": peak_mb, "device": "cuda" if cuda else "cpu", **reserved, **own}
 
 
 def cuda_in_use() -> Any:

@@ -1,5 +1,6 @@
 """A YAML file and KEY=VALUE words -> one frozen RunConfig."""
 
+from meamtm.config.encoder import WEIGHT_FILES, WEIGHT_SUFFIXES, EncoderConfig
 from meamtm.config.flat import (
     Value,
     build,
@@ -17,22 +18,19 @@ from meamtm.config.flat import (
     signature,
     write_yaml,
 )
+from meamtm.config.mel import MelConfig
 from meamtm.config.schema import (
-    WEIGHT_FILES,
-    WEIGHT_SUFFIXES,
     AugmentConfig,
     DataConfig,
-    EncoderConfig,
     LossConfig,
-    MelConfig,
     MixConfig,
     OptimConfig,
     RunConfig,
     ScaleConfig,
-    Section,
     TrackingConfig,
     TrainConfig,
 )
+from meamtm.config.section import Section
 
 __all__ = [
     "WEIGHT_FILES",

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from meamtm.config.schema import WEIGHT_FILES, RunConfig
+from meamtm.config.encoder import WEIGHT_FILES
+from meamtm.config.schema import RunConfig
 from meamtm.errors import ConfigError
 
 Value = bool | int | float | str | None | list[Any]

@@ -1,16 +1,13 @@
-"""What can be set: one frozen section per room. Every default lives here, once, with its meaning, unit and range."""
+"""What can be set: one frozen section per room. Every default lives once, with its meaning, unit and range; the model's
+sections are in `mel` and `encoder`."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Frozen settings that refuse unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from meamtm.config.encoder import EncoderConfig
+from meamtm.config.mel import MelConfig
+from meamtm.config.section import Section
 
 
 class DataConfig(Section):
@@ -30,205 +27,6 @@ class DataConfig(Section):
         default="arrow", description="arrow: decode once per node; none: stream, for sets larger than the disk"
     )
     cache_dir: str = Field(default="~/.cache/meamtm", description="where a node keeps decoded waveforms")
-
-
-class MelConfig(Section):
-    """Waveform -> log-mel spectrogram."""
-
-    sample_rate_hz: int = Field(default=16_000, ge=1_000, le=384_000, description="what clips are resampled to, Hz")
-    num_bands: int = Field(default=64, ge=8, le=512, description="mel bands")
-    window_ms: float = Field(default=32.0, gt=0, le=1_000, description="analysis window, ms")
-    hop_ms: float = Field(default=20.0, gt=0, le=1_000, description="from one frame to the next, ms")
-    fmin_hz: float = Field(default=40.0, ge=0, description="lower edge of the lowest band, Hz")
-    fmax_hz: float | None = Field(default=None, gt=0, description="upper edge of the highest band, Hz; null: Nyquist")
-    kind: Literal["slaney", "htk", "kaldi"] = Field(
-        default="slaney",
-        description="mel scale; kaldi: as AST, which has 128 bands, 25 ms, 10 ms and fmin_hz 20 at 16 kHz",
-    )
-    trainable: bool = Field(default=False, description="train the mel basis too, from this one on")
-    backend: Literal["auto", "conv", "fft"] = Field(
-        default="auto", description="conv: nnAudio's kernels; fft: the same result by FFT; auto: fft on a CPU"
-    )
-
-    @property
-    def window_samples(self) -> int:
-        """Analysis window, samples."""
-        return round(self.window_ms * self.sample_rate_hz / 1_000)
-
-    @property
-    def hop_samples(self) -> int:
-        """From one frame to the next, samples."""
-        return round(self.hop_ms * self.sample_rate_hz / 1_000)
-
-    @property
-    def num_fft(self) -> int:
-        """Transform length: the next power of two that holds a window, samples."""
-        return 1 << (self.window_samples - 1).bit_length()
-
-    @property
-    def top_hz(self) -> float:
-        """Upper edge of the highest band, Hz."""
-        return self.fmax_hz if self.fmax_hz is not None else self.sample_rate_hz / 2
-
-    @property
-    def is_centred(self) -> bool:
-        """Whether frame n is centred on sample n x hop; if not, it begins there and no frame passes a clip's end."""
-        return self.kind != "kaldi"
-
-    def num_frames(self, num_samples: Any) -> Any:
-        """Counts the frames of one window or more, given as an int or a tensor of ints."""
-        return 1 + (num_samples - (0 if self.is_centred else self.window_samples)) // self.hop_samples
-
-    @model_validator(mode="after")
-    def _check(self) -> "MelConfig":
-        nyquist_hz = self.sample_rate_hz / 2
-        if self.top_hz > nyquist_hz:
-            raise ValueError(
-                f"mel.fmax_hz={self.top_hz:g} exceeds Nyquist ({nyquist_hz:g} Hz); lower it or raise mel.sample_rate_hz"
-            )
-        if self.fmin_hz >= self.top_hz:
-            raise ValueError(
-                f"mel.fmin_hz={self.fmin_hz:g} is not below the highest band's edge ({self.top_hz:g} Hz); lower it"
-            )
-        if self.window_samples < 64:
-            raise ValueError(
-                f"mel.window_ms={self.window_ms:g} is {self.window_samples} samples at {self.sample_rate_hz} Hz, "
-                f"fewer than 64; lengthen it"
-            )
-        if self.hop_samples < 1:
-            raise ValueError(
-                f"mel.hop_ms={self.hop_ms:g} is less than one sample at {self.sample_rate_hz} Hz; lengthen it"
-            )
-        if self.hop_ms > self.window_ms:
-            raise ValueError(
-                f"mel.hop_ms={self.hop_ms:g} exceeds mel.window_ms={self.window_ms:g}, so samples would go unheard; "
-                f"shorten the hop"
-            )
-        return self
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "ast_base": {
-        "stem": "patch",
-        "patch": (16, 16),
-        "stride": (10, 10),
-        "heads": 12,
-        "head_dim": 64,
-        "depth": 12,
-        "mlp_ratio": 4.0,
-        "pool": "cls_dist",
-        "positions": "joint",
-    }
-}
-"""Architectures that have a name, and what it fixes."""
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
-"""Of files that hold weights."""
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""What such a file is called in a folder that Hugging Face's libraries wrote."""
-
-
-class EncoderConfig(Section):
-    """Log-mel spectrogram -> logits."""
-
-    preset: Literal["none", "ast_base"] = Field(
-        default="none", description="ast_base: stem, size and pool of the Audio Spectrogram Transformer (Gong 2021)"
-    )
-    pretrained: str = Field(
-        default="none",
-        min_length=1,
-        description="weights to begin with: timm's name of a ViT or DeiT, or a file or folder of one, or of an AST",
-    )
-    stem: Literal["conv", "patch"] = Field(
-        default="conv", description="conv: stages of two 3x3 convolutions and a pooling; patch: a linear map"
-    )
-    stem_channels: tuple[int, ...] = Field(
-        default=(32, 64, 128, 256), min_length=1, max_length=6, description="channels of each convolutional stage"
-    )
-    stem_activation: Literal["relu", "gelu", "silu"] = Field(
-        default="relu", description="of the convolutional stem; the smooth ones cost more on a CPU"
-    )
-    patch: tuple[int, int] = Field(default=(16, 16), description="patch size of the patch stem: bands, frames")
-    stride: tuple[int, int] = Field(
-        default=(16, 16), description="from one patch to the next: bands, frames; less than the patch overlaps"
-    )
-    heads: int = Field(default=4, ge=1, le=64, description="attention heads")
-    head_dim: int = Field(default=64, ge=4, le=256, description="width of one head; a token has heads x head_dim")
-    depth: int = Field(default=2, ge=1, le=48, description="transformer blocks")
-    mlp_ratio: float = Field(default=2.0, gt=0, le=8, description="hidden width of a block's MLP over a token's")
-    pool: Literal["mean", "cls", "cls_dist", "attention"] = Field(
-        default="mean", description="how tokens become one vector; cls_dist: mean of two tokens of their own, as AST"
-    )
-    positions: Literal["joint", "separate"] = Field(
-        default="joint", description="a learned vector for each patch, or one for its row plus one for its column"
-    )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the head")
-    drop_path: float = Field(
-        default=0.1, ge=0, lt=1, description="stochastic depth, growing up to this in the last block"
-    )
-    patchout: float = Field(default=0.0, ge=0, lt=1, description="fraction of patches left out of each training step")
-    patchout_time: float = Field(default=0.0, ge=0, lt=1, description="fraction of columns left out, before patchout")
-    patchout_freq: float = Field(default=0.0, ge=0, lt=1, description="fraction of rows left out, before patchout")
-
-    @property
-    def width(self) -> int:
-        """Width of a token: heads x head_dim."""
-        return self.heads * self.head_dim
-
-    @property
-    def pretrained_path(self) -> Path | None:
-        """File or folder of the weights to begin with; None where there are none, or timm's."""
-        is_path = "/" in self.pretrained or self.pretrained.endswith(WEIGHT_SUFFIXES)
-        return Path(self.pretrained) if is_path else None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _width_is_heads_times_head_dim(cls, given: Any) -> Any:
-        """Accepts `width` as a claim to be checked; it is never stored, since two other keys make it."""
-        if not isinstance(given, Mapping) or "width" not in given:
-            return given
-        heads, head_dim = (given.get(key, cls.model_fields[key].default) for key in ("heads", "head_dim"))
-        if given["width"] != heads * head_dim:
-            raise ValueError(
-                f"encoder.width={given['width']} is not encoder.heads x encoder.head_dim "
-                f"({heads} x {head_dim} = {heads * head_dim}); leave encoder.width out and set those two"
-            )
-        return {key: value for key, value in given.items() if key != "width"}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset_fixes_its_keys(cls, given: Any) -> Any:
-        """Fills in what a preset fixes; a key that says otherwise, and is not the default, contradicts it.
-
-        pydantic runs what is defined last first, so a claimed `width` is checked against the preset's.
-        """
-        preset = given.get("preset", "none") if isinstance(given, Mapping) else "none"
-        if not isinstance(preset, str) or preset not in PRESETS:
-            return given
-        for key, value in PRESETS[preset].items():
-            default = cls.model_fields[key].default
-            found = tuple(given[key]) if isinstance(given.get(key), list) else given.get(key, value)
-            if found not in (value, default):
-                shown = list(value) if isinstance(value, tuple) else value
-                raise ValueError(
-                    f"encoder.{key}={given[key]} contradicts encoder.preset={preset}, which has {shown}; "
-                    f"leave one of them out"
-                )
-        return {**given, **PRESETS[preset]}
-
-    @model_validator(mode="after")
-    def _check(self) -> "EncoderConfig":
-        for axis, patch, stride in zip(("bands", "frames"), self.patch, self.stride, strict=True):
-            if patch < 1 or not 1 <= stride <= patch:
-                raise ValueError(
-                    f"encoder.stride={list(self.stride)} must lie in 1..patch ({list(self.patch)}) along {axis}; "
-                    f"a larger stride skips {axis}"
-                )
-        if min(self.stem_channels) < 8 or max(self.stem_channels) > 4096:
-            raise ValueError(
-                f"encoder.stem_channels={list(self.stem_channels)} must each lie in 8..4096; correct those outside"
-            )
-        return self
 
 
 class AugmentConfig(Section):
@@ -289,6 +87,12 @@ class TrainConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**31, description="initial weights, order, augmentation")
     ema_decay: float = Field(
         default=0.99, ge=0, lt=1, description="of the averaged weights that are evaluated and kept; 0: no averaging"
+    )
+    accumulation_steps: int = Field(
+        default=1,
+        ge=1,
+        le=65_536,
+        description="parts of a batch, one after the other in memory; gradients add up, batch norm sees a part",
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
         default="auto", description="bf16: autocast; auto: where the device computes it natively"

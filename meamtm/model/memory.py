@@ -27,6 +27,7 @@ def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
     Counted are weights, their moving average, AdamW's moments, gradients, activations and waveforms.
     """
     num_clips = -(-config.train.batch_size // max(config.scale.workers, 1))
+    num_at_once = -(-num_clips // config.train.accumulation_steps)
     with torch.device("meta"):
         size = (config.mel.num_bands, config.num_frames)
         encoder = Encoder(config.encoder, size, num_labels).train()
@@ -34,7 +35,7 @@ def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         _bring_to_cpu(encoder)
         with _Count() as count:
-            image = torch.empty(num_clips, 1, *size)
+            image = torch.empty(num_at_once, 1, *size)
             with autocast(config, image.device):
                 logits = encoder(image)
             logits.float().logsumexp(1).sum().backward()

@@ -2,7 +2,8 @@
 
 import ctypes
 import inspect
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,16 +115,36 @@ def _keep_buffers() -> dict[str, Any]:
 
 def train_step(learner: Learner, batch: TrainingBatch) -> None:
     """Moves the weights by one batch."""
-    config, device = learner.config, batch.waveform.device
-    _seed(batch.seed, device)
-    with autocast(config, device):
-        logits = learner.parallel(batch.waveform, batch.mask)
-    smoothing = config.loss.label_smoothing
-    losses = clip_losses(logits.float(), batch.target, multi_label=learner.multi_label, smoothing=smoothing)
-    loss = losses.sum() * learner.world_size / batch.num_global  # ranks average gradients, clips count alike
-    loss.backward()
+    _seed(batch.seed, batch.waveform.device)
+    least_clips = batch.num_global // learner.world_size  # of a rank; all must take as many parts
+    *earlier, last = _parts(batch, min(learner.config.train.accumulation_steps, least_clips))
+    loss = torch.zeros((), device=batch.waveform.device)
+    parallel = learner.parallel
+    for part in earlier:  # their gradients add up; ranks meet at the last part's
+        with parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext():
+            loss += _forward_and_back(learner, part)
+    loss += _forward_and_back(learner, last)
     _update(learner)
-    learner.losses.append(losses.detach().sum())
+    learner.losses.append(loss)
+
+
+def _parts(batch: TrainingBatch, count: int) -> list[TrainingBatch]:
+    """Cuts a batch into parts that differ in size by one clip at most."""
+    masks = [None] * count if batch.mask is None else batch.mask.tensor_split(count)
+    pieces = zip(batch.waveform.tensor_split(count), batch.target.tensor_split(count), masks, strict=True)
+    return [replace(batch, waveform=waveform, target=target, mask=mask) for waveform, target, mask in pieces]
+
+
+def _forward_and_back(learner: Learner, part: TrainingBatch) -> Tensor:
+    """Adds to the gradients what these clips of a batch give, and returns the sum of their losses."""
+    config = learner.config
+    with autocast(config, part.waveform.device):
+        logits = learner.parallel(part.waveform, part.mask)
+    smoothing = config.loss.label_smoothing
+    losses = clip_losses(logits.float(), part.target, multi_label=learner.multi_label, smoothing=smoothing)
+    loss = losses.sum() * learner.world_size / part.num_global  # ranks average gradients, clips count alike
+    loss.backward()
+    return losses.detach().sum()
 
 
 def _seed(seed: int, device: torch.device) -> None:
