@@ -170,4 +170,6 @@ def show(case: str, rows: Sequence[dict[str, Any]], reference: str, columns: Seq
             *(f"{row[key]:.1f}" for key in ("cpu_ms", "peak_mb")),
             *own,
         )
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 140)  # a file has room
+    console.print(table)

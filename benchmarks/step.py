@@ -42,9 +42,8 @@ def ours(encoder: dict[str, Any], backend: str = "fft", precision: str = "bf16",
         from meamtm.model.precision import autocast
         from meamtm.model.transformer import AudioTransformer
         from meamtm.training.prepare import TrainingBatch
-        from meamtm.training.step import keep_freed_memory, make_learner, train_step
+        from meamtm.training.step import make_learner, set_up_heap, train_step
 
-        keep_freed_memory()
         waveform, labels = sounds(case["batch"])
         config = RunConfig.model_validate(
             {
@@ -54,6 +53,7 @@ def ours(encoder: dict[str, Any], backend: str = "fft", precision: str = "bf16",
                 "train": {"precision": precision, "batch_size": case["batch"], "epochs": 1_000, **train},
             }
         )
+        set_up_heap(sparing=config.train.grad_checkpointing)
         torch.manual_seed(0)
         learner = make_learner(
             config, AudioTransformer(config, NUM_LABELS), waveform.device, steps_per_epoch=100, multi_label=False
@@ -203,7 +203,7 @@ def forward_gflop(config: Any, *, train: bool) -> float:
     config = config or RunConfig.model_validate({"encoder": AST, "mel": {"num_bands": NUM_BANDS}})
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         size = (NUM_BANDS, NUM_FRAMES)
-        Encoder(config.encoder, size, NUM_LABELS).train(train)(torch.empty(1, 1, *size))
+        Encoder(config.encoder, size, NUM_LABELS).train(train).requires_grad_(False)(torch.empty(1, 1, *size))
     return counter.get_total_flops() / 1e9
 
 

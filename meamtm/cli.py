@@ -92,6 +92,7 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
 
     resolved = load(config, parse_changes(changes or []))  # before torch is loaded: a mistake shows at once
     from meamtm.model.cost import cost
+    from meamtm.model.memory import peak_training_bytes
 
     defaults = flatten(RunConfig())
     table = Table("key", "value", "meaning", title=run_name(resolved), title_justify="left")
@@ -103,6 +104,8 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
         f"{price.num_params:,} parameters, {price.num_tokens} tokens, "
         f"{price.num_macs / 1e6:,.0f} million MACs per clip, checkpoint {price.checkpoint_bytes / 1e6:,.1f} MB"
     )
+    peak_mb = peak_training_bytes(resolved, _num_labels(resolved)) / 1e6
+    typer.echo(f"training allocates {peak_mb:,.0f} MB at its peak, in each process, beside Python and its libraries")
 
 
 @app.command()

@@ -83,7 +83,9 @@ def test_show_prints_every_key_with_its_value_and_the_cost(world: World, monkeyp
     assert rows["optim.lr"] == "0.0003"
     assert rows["encoder.stem_channels"] == "[8, 16]"
     cost = r"[\d,]+ parameters, 24 tokens, \d+ million MACs per clip, checkpoint 0\.\d MB"
-    assert re.fullmatch(cost, shown.out.splitlines()[-1])
+    *_, sizes, memory = shown.out.splitlines()
+    assert re.fullmatch(cost, sizes)
+    assert re.fullmatch(r"training allocates \d MB at its peak, in each process, .*", memory)
 
 
 def test_show_needs_no_data(world: World) -> None:

@@ -1,5 +1,6 @@
 """The model hears a clip the same way alone and in company, masked or whole, short or long."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from meamtm.config import from_flat
 from meamtm.model.transformer import AudioTransformer
+from meamtm.training.checkpoint import Labels, load_model, publish, save
 
 SMALL = {
     "data.clip_s": 0.5,
@@ -109,3 +111,25 @@ def test_every_weight_learns_and_no_kernel_does() -> None:
 def test_one_seed_makes_one_model() -> None:
     one, two = model().state_dict(), model().state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("changes", [{"stem": "conv"}, {"stem": "patch", "positions": "separate", "pool": "cls_dist"}])
+def test_one_checkpoint_hears_a_second_and_a_minute_alone_and_in_a_padded_batch(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = from_flat(SMALL | {"data.clip_s": 5.0} | {f"encoder.{key}": value for key, value in changes.items()})
+    torch.manual_seed(0)
+    made = AudioTransformer(config, 5)
+    torch.nn.init.normal_(made.encoder.head.weight)  # type: ignore[reportArgumentType]
+    labels = Labels(tuple("abcde"), False, "0")
+    scratch = save(config, labels, made.state_dict(), {"losses": []}, {}, cursor=(1, 0))
+    publish(scratch, tmp_path / "run")
+    heard = load_model(tmp_path / "run").model
+    lengths = [round(8_000 * seconds) for seconds in (1, 5, 12.3, 60)]
+    clips = [noise(1, length)[0] for length in lengths]
+    padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    with torch.inference_mode():
+        alone = torch.cat([heard(clip[None]) for clip in clips])
+        together = heard(padded, num_samples=torch.tensor(lengths))
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    assert len({tuple(row.tolist()) for row in alone}) == len(lengths)

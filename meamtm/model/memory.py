@@ -22,9 +22,10 @@ MOMENTS = 2
 
 
 def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
-    """Estimates the peak of one process's training beyond what Python and torch take by themselves, on a CPU.
+    """Estimates what one process's training allocates at its peak, beyond what Python and torch take by themselves.
 
-    Counted are weights, their moving average, AdamW's moments, gradients, activations and waveforms.
+    Counted are weights, their moving average, AdamW's moments, gradients, activations and waveforms, on a CPU. What the
+    system shows of a process is more, by the fragments of its heap (docs/results.md).
     """
     num_clips = -(-config.train.batch_size // max(config.scale.workers, 1))
     num_at_once = -(-num_clips // config.train.accumulation_steps)

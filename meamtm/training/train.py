@@ -23,7 +23,7 @@ from meamtm.training.context import Context, Stopped
 from meamtm.training.evaluate import classify
 from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches
-from meamtm.training.step import Learner, keep_freed_memory, make_learner, train_step
+from meamtm.training.step import Learner, make_learner, set_up_heap, train_step
 
 logger = logging.getLogger(__name__)
 NUM_MEASURED = 512
@@ -35,7 +35,7 @@ def train(config: RunConfig, context: Context) -> dict[str, float]:
 
     A finished run returns at once. Raises Stopped, after saving, when the context asks to stop.
     """
-    keep_freed_memory()
+    set_up_heap(sparing=config.train.grad_checkpointing)
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     split = split_clips(clips, config.data)
     loader = Loader(
