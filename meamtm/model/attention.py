@@ -15,8 +15,8 @@ Heads = Float[Tensor, "batch head token channel"]
 Mask = Bool[Tensor, "batch 1 1 key"]
 SHORT = 256
 """Tokens up to which a CPU keeps all attention weights for the way back; it reads them faster than it makes them."""
-CHUNK = 2**21
-"""Attention weights that are held at once: 4 MB in bf16, which stay in the processor's cache."""
+CHUNK = 2**22
+"""Attention weights that are held at once: 8 MB in bf16, which stay in the processor's cache."""
 
 
 class Attention(TimmAttention):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meamtm.config import EncoderConfig
 from meamtm.model.attention import Attention
+from meamtm.model.mlp import Mlp
 from meamtm.model.patchout import Patchout
 from meamtm.model.positions import JointPositions, SeparatePositions
 from meamtm.model.stem import ConvStem, PatchStem, Stem
@@ -56,6 +57,7 @@ class Encoder(VisionTransformer):
             drop_path_rate=config.drop_path,
             embed_layer=_stem(config),
             attn_layer=Attention,
+            mlp_layer=Mlp,
         )
         grid = self.patch_embed.grid_size
         if is_ast:
