@@ -224,7 +224,9 @@ def test_mailbox_delivers_everything_once_and_in_order_however_often_the_service
             raise AwayError
         arrived.extend(point.step for point in points)
 
-    mailbox = Mailbox(receive, lambda error: isinstance(error, AwayError), str, name="it", batch=batch, pause_s=0.0)
+    mailbox = Mailbox(
+        receive, lambda error: isinstance(error, AwayError), str, name="it", batch=batch, pause_s=0, gather_s=0
+    )
     for step in range(num_points):
         mailbox.put(
             Call("a call", lambda step=step: arrived.append(step)) if step in calls else Point("x", 0.0, 0, step)
@@ -249,6 +251,28 @@ def test_refused_point_costs_no_other_and_is_named(caplog: pytest.LogCaptureFixt
     assert mailbox.close(20.0) == []
     assert arrived == [0, 1, 2, 4, 5]
     assert "the service refuses bad at step 3 (no such name); it is left out there" in caplog.text
+
+
+def test_first_point_goes_at_once_and_the_next_ones_together() -> None:
+    arrived: list[list[int]] = []
+    mailbox = Mailbox(lambda points: arrived.append([point.step for point in points]), lambda _: False, str, name="it")
+    for step in range(6):
+        mailbox.put(Point("x", 0.0, 0, step))
+        time.sleep(0.05)
+    assert arrived[:1] == [[0]]
+    assert mailbox.close(20.0) == []
+    assert arrived == [[0], [1, 2, 3, 4, 5]]
+
+
+def test_full_batch_does_not_wait() -> None:
+    arrived: list[int] = []
+    mailbox = Mailbox(lambda points: arrived.append(len(points)), lambda _: False, str, name="it", batch=2, gather_s=60)
+    began_s = time.monotonic()
+    for step in range(9):
+        mailbox.put(Point("x", 0.0, 0, step))
+    assert mailbox.close(20.0) == []
+    assert time.monotonic() - began_s < 10
+    assert sum(arrived) == 9
 
 
 def test_closing_a_mailbox_waits_no_longer_than_it_was_told() -> None:

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 5.0
 """Between two attempts; short enough that closing sees several."""
+GATHER_S = 5.0
+"""Between two deliveries of points. Each takes some 10 ms of the training process, however few points it holds, and
+many trials share one server."""
 
 
 class Point(NamedTuple):
@@ -38,8 +41,8 @@ class Call:
 class Mailbox:
     """Delivers what was put, in the order in which it was put, from a thread of its own.
 
-    `send` takes up to `batch` points at once. `is_away(error)` tells a service that will answer again from one that
-    refuses; `explain(error)` puts an error in a few words that a user may see."""
+    `send` takes up to `batch` points at once, and the next ones `gather_s` later. `is_away(error)` tells a service that
+    will answer again from one that refuses; `explain(error)` puts an error in a few words that a user may see."""
 
     def __init__(
         self,
@@ -50,9 +53,10 @@ class Mailbox:
         name: str,
         batch: int = 1000,
         pause_s: float = 0.5,
+        gather_s: float = GATHER_S,
     ) -> None:
         self._send, self._is_away, self._explain = send, is_away, explain
-        self._name, self._batch, self._pause_s = name, batch, pause_s
+        self._name, self._batch, self._pause_s, self._gather_s = name, batch, pause_s, gather_s
         self._waiting: deque[Point | Call] = deque()
         self._changed = threading.Condition()
         self._singly = 0  # so many items go one by one, after a batch of them was refused
@@ -94,6 +98,8 @@ class Mailbox:
                 what = f"{head[0].key} at step {head[0].step}" if isinstance(head[0], Point) else head[0].what
                 logger.warning("%s refuses %s (%s); it is left out there", self._name, what, self._explain(error))
             self._done(head)
+            if isinstance(head[0], Point):
+                self._gather()
 
     def _head(self) -> list[Point | Call]:
         """Waits for the next batch: consecutive points, or one call; empty when closing and all is delivered."""
@@ -118,6 +124,11 @@ class Mailbox:
             logger.warning(text, self._name, self._explain(error))
         self._abandoned.wait(self._next_pause_s)
         self._next_pause_s = min(2 * self._next_pause_s, LONGEST_PAUSE_S)
+
+    def _gather(self) -> None:
+        """Lets points come together, unless they fill a batch already or it is time to go."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or len(self._waiting) >= self._batch, self._gather_s)
 
     def _done(self, head: Sequence[Point | Call]) -> None:
         """Forgets what was delivered or refused; either way the service answered."""

@@ -23,7 +23,7 @@ from meamtm.training.context import Context, Stopped
 from meamtm.training.evaluate import classify
 from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches
-from meamtm.training.step import Learner, make_learner, set_up_heap, train_step
+from meamtm.training.step import Learner, make_learner, set_up_heap, settle_objects, train_step
 
 logger = logging.getLogger(__name__)
 NUM_MEASURED = 512
@@ -52,6 +52,7 @@ def train(config: RunConfig, context: Context) -> dict[str, float]:
     learner = _start(config, context, clips, split, loader.num_batches)
     metrics = _resume(learner, context, labels)
     last_save_s = time.monotonic()
+    settle_objects()
     while learner.epoch < config.train.epochs:
         began_s = time.monotonic()
         cursor = {"epoch": learner.epoch, "start": learner.batch, "rank": context.rank}
