@@ -32,7 +32,7 @@ def way(name: str) -> Contender:
         attend = {
             "meamtm": attention.attend,
             "plain": plain,
-            "in chunks": attention._Chunked.apply,
+            "in chunks": attention.attend_in_chunks,
             "fused": F.scaled_dot_product_attention,
         }[name]
         set_up_heap(sparing=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meamtm.model.attention import CHUNK, SHORT, _Chunked, attend
+from meamtm.model.attention import CHUNK, SHORT, attend, attend_in_chunks
 
 LENGTHS = [1, 48, SHORT, SHORT + 1, 700]
 
@@ -36,10 +36,10 @@ def test_values_and_gradients_are_those_of_the_formula(num_tokens: int, dtype: t
 
 @pytest.mark.parametrize("num_tokens", [3, 1_000])
 def test_chunks_change_nothing_but_memory(num_tokens: int) -> None:
-    """In float32, where rounding hides nothing; 1,000 tokens make chunks of 4 of the 6 heads."""
+    """In float32, where rounding hides nothing; 1,000 tokens make chunks of 2 of the 6 heads."""
     *inputs, upstream = heads(num_tokens)
     assert num_tokens == 3 or 1 < CHUNK // num_tokens**2 < 6
-    found, expected = _Chunked.apply(*inputs), exactly(*inputs)
+    found, expected = attend_in_chunks(*inputs), exactly(*inputs)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     gradients = (torch.autograd.grad(each, inputs, upstream) for each in (found, expected))
     for ours, theirs in zip(*gradients, strict=True):

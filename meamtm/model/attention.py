@@ -15,8 +15,8 @@ Heads = Float[Tensor, "batch head token channel"]
 Mask = Bool[Tensor, "batch 1 1 key"]
 SHORT = 256
 """Tokens up to which a CPU keeps all attention weights for the way back; it reads them faster than it makes them."""
-CHUNK = 2**22
-"""Attention weights that are held at once: 8 MB in bf16, which stay in the processor's cache."""
+CHUNK = 2**21
+"""Attention weights that are held at once: 4 MB in bf16, twice, which stay in the processor's cache."""
 
 
 class Attention(TimmAttention):
@@ -47,45 +47,53 @@ def attend(query: Heads, key: Heads, value: Heads, mask: Mask | None = None) -> 
     if query.shape[2] <= SHORT:
         scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)  # (batch, head, token, token)
         return scores.softmax(3) @ value
-    return _Chunked.apply(query, key, value)
+    return attend_in_chunks(query, key, value)
+
+
+def attend_in_chunks(query: Heads, key: Heads, value: Heads) -> Heads:
+    """Attends a few heads at a time, so that their weights never leave the cache; they are made again on the way back
+    (as in FlashAttention, Dao 2022), so memory grows with the number of tokens and not with its square."""
+    scaled = query * query.shape[3] ** -0.5
+    each_head = (tensor.flatten(0, 1).contiguous() for tensor in (scaled, key, value))  # (batch x head, token, channel)
+    return _Chunked.apply(*each_head).view(query.shape)
 
 
 class _Chunked(torch.autograd.Function):
-    """Attention a few heads at a time, so that their weights never leave the cache; they are made again on the way back
-    (as in FlashAttention, Dao 2022), so memory grows with the number of tokens and not with its square."""
+    """Chunk after chunk works in the same two buffers."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for part, (q, k, v) in _chunks(query, key, value):
-            out.flatten(0, 1)[part] = _weights(q, k) @ v
+        out = torch.empty_like(query)
+        for part, scores, weights in _chunks(query):
+            _weigh(query[part], key[part], scores, weights)
+            torch.bmm(weights, value[part], out=out[part])
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        saved = ctx.saved_tensors
-        shape = torch.contiguous_format
-        found_query, found_key, found_value = (torch.empty_like(each, memory_format=shape) for each in saved)
-        d_query, d_key, d_value = (each.flatten(0, 1) for each in (found_query, found_key, found_value))
-        scale = saved[0].shape[3] ** -0.5
-        for part, (q, k, v, d_out) in _chunks(*saved, gradients[0]):
-            weights = _weights(q, k)  # (head, token, token)
-            d_value[part] = weights.transpose(1, 2) @ d_out
-            d_scores = torch.ops.aten._softmax_backward_data(d_out @ v.transpose(1, 2), weights, 2, weights.dtype)
-            d_query[part] = torch.bmm(d_scores, k).mul_(scale)
-            d_key[part] = torch.bmm(d_scores.transpose(1, 2), q).mul_(scale)
-        return found_query, found_key, found_value
+        query, key, value = ctx.saved_tensors
+        d_out = gradients[0].contiguous()
+        d_query, d_key, d_value = (torch.empty_like(query) for _ in range(3))
+        for part, scores, weights in _chunks(query):
+            _weigh(query[part], key[part], scores, weights)
+            torch.bmm(weights.transpose(1, 2), d_out[part], out=d_value[part])
+            slopes = torch.bmm(d_out[part], value[part].transpose(1, 2), out=scores)  # of weights, and next of scores
+            torch.ops.aten._softmax_backward_data.out(slopes, weights, 2, slopes.dtype, grad_input=slopes)
+            torch.bmm(slopes, key[part], out=d_query[part])
+            torch.bmm(slopes.transpose(1, 2), query[part], out=d_key[part])
+        return d_query, d_key, d_value
 
 
-def _chunks(*tensors: Heads) -> Iterator[tuple[slice, list[Float[Tensor, "part token channel"]]]]:
-    num_heads, num_tokens = tensors[0].shape[:2].numel(), tensors[0].shape[2]
-    step = max(1, CHUNK // num_tokens**2)
-    flat = [each.flatten(0, 1) for each in tensors]  # (batch x head, token, channel)
+def _chunks(query: Float[Tensor, "head token channel"]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields some heads at a time, and room for two sets of their weights, which hold what the last chunk left."""
+    num_heads, num_tokens, _num_channels = query.shape
+    step = min(num_heads, max(1, CHUNK // num_tokens**2))
+    room = query.new_empty(2, step, num_tokens, num_tokens)
     for first in range(0, num_heads, step):
-        part = slice(first, first + step)
-        yield part, [each[part] for each in flat]
+        num_here = min(step, num_heads - first)
+        yield slice(first, first + num_here), room[0, :num_here], room[1, :num_here]
 
 
-def _weights(query: Tensor, key: Tensor) -> Tensor:
-    return ((query * query.shape[2] ** -0.5) @ key.transpose(1, 2)).softmax(2)
+def _weigh(query: Tensor, key: Tensor, scores: Tensor, weights: Tensor) -> None:
+    torch.softmax(torch.bmm(query, key.transpose(1, 2), out=scores), 2, out=weights)
