@@ -152,3 +152,20 @@ def test_checkpointing_changes_memory_and_no_gradient(stem: str) -> None:
         made(image()).square().sum().backward()
     for (name, one), (_, two) in zip(plain.named_parameters(), frugal.named_parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, msg=name)
+
+
+@pytest.mark.parametrize("pool", ["cls", "cls_dist"])
+@pytest.mark.parametrize("in_training", [False, True])
+def test_what_nobody_reads_of_the_last_block_is_left_out_and_changes_nothing(pool: str, in_training: bool) -> None:
+    torch.manual_seed(0)
+    config = EncoderConfig.model_validate({"stem": "patch", "heads": 2, "depth": 2, "pool": pool, "drop_path": 0})
+    made = Encoder(config, (32, 64), 3).train(in_training)
+    image = torch.randn(2, 1, 32, 64)
+    tokens, heard = made.tokens(image)
+    whole = made.head(made.head_drop(made.fc_norm(made._summary(tokens, heard))))
+    torch.testing.assert_close(made(image), whole, atol=1e-6, rtol=1e-5)
+    weights = list(made.parameters())
+    for ours, theirs in zip(
+        *(torch.autograd.grad(logits.square().sum(), weights) for logits in (made(image), whole)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

@@ -12,6 +12,7 @@ from timm.layers import Attention as TimmAttention  # type: ignore[reportPrivate
 from torch import Tensor
 
 Heads = Float[Tensor, "batch head token channel"]
+Queries = Float[Tensor, "batch head read channel"]
 Mask = Bool[Tensor, "batch 1 1 key"]
 SHORT = 256
 """Tokens up to which a CPU keeps all attention weights for the way back; it reads them faster than it makes them."""
@@ -22,19 +23,31 @@ CHUNK = 2**21
 class Attention(TimmAttention):
     """timm's self-attention, with its own choice of kernel."""
 
-    def forward(
-        self, x: Float[Tensor, "batch token width"], attn_mask: Mask | None = None, is_causal: bool = False
-    ) -> Float[Tensor, "batch token width"]:
-        """Gives what each token takes; keys where the mask is False are not heard."""
-        assert not is_causal, "sounds are heard as a whole"
-        batch, num_tokens, _width = x.shape
-        qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (batch, head, token, channel)
-        heard = attend(query, key, value, attn_mask)
-        return self.proj(heard.transpose(1, 2).reshape(batch, num_tokens, self.attn_dim))
+    def forward(  # type: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "batch token width"], attn_mask: Mask | None = None, num_read: int | None = None
+    ) -> Float[Tensor, "batch read width"]:
+        """Gives what the first `num_read` tokens, or all, take; keys where the mask is False are not heard."""
+        query, key, value = self._all(x) if num_read is None else self._few(x, num_read)
+        heard = attend(query, key, value, attn_mask).transpose(1, 2)  # (batch, read, head, channel)
+        return self.proj(heard.flatten(2))
+
+    def _all(self, x: Float[Tensor, "batch token width"]) -> tuple[Tensor, ...]:
+        return self._heads(self.qkv(x), 3)
+
+    def _few(self, x: Float[Tensor, "batch token width"], num_read: int) -> tuple[Tensor, ...]:
+        """Makes queries for the first tokens, keys and values for all."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        width = self.attn_dim
+        query = F.linear(x[:, :num_read], weight[:width], None if bias is None else bias[:width])
+        key_value = F.linear(x, weight[width:], None if bias is None else bias[width:])
+        return *self._heads(query, 1), *self._heads(key_value, 2)
+
+    def _heads(self, x: Float[Tensor, "batch token part"], num_parts: int) -> tuple[Tensor, ...]:
+        """Cuts into (batch, head, token, channel) each."""
+        return x.unflatten(2, (num_parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attend(query: Heads, key: Heads, value: Heads, mask: Mask | None = None) -> Heads:
+def attend(query: Queries, key: Heads, value: Heads, mask: Mask | None = None) -> Queries:
     """Gives softmax(query key' / sqrt(channel)) value.
 
     torch's fused kernel on CUDA, and on a CPU in float32. In bf16 on a CPU plain matrix products are faster: over all
@@ -45,7 +58,7 @@ def attend(query: Heads, key: Heads, value: Heads, mask: Mask | None = None) -> 
     if mask is not None or not in_bf16_on_a_cpu or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     if query.shape[2] <= SHORT:
-        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)  # (batch, head, token, token)
+        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)  # (batch, head, read, token)
         return scores.softmax(3) @ value
     return attend_in_chunks(query, key, value)
 

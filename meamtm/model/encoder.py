@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meamtm.config import EncoderConfig
 from meamtm.model.attention import Attention
+from meamtm.model.block import Block
 from meamtm.model.mlp import Mlp
 from meamtm.model.patchout import Patchout
 from meamtm.model.positions import JointPositions, SeparatePositions
@@ -21,6 +22,7 @@ from meamtm.model.stem import ConvStem, PatchStem, Stem
 
 Image = Float[Tensor, "batch 1 band frame"]
 Tokens = Float[Tensor, "batch token width"]
+Read = Float[Tensor, "batch read width"]
 Heard = Bool[Tensor, "batch token"]
 """False where a token stands for padding alone."""
 POOLS: dict[str, Literal["avg", "token", "map"]] = {
@@ -56,6 +58,7 @@ class Encoder(VisionTransformer):
             drop_rate=config.dropout,
             drop_path_rate=config.drop_path,
             embed_layer=_stem(config),
+            block_fn=Block,
             attn_layer=Attention,
             mlp_layer=Mlp,
         )
@@ -75,26 +78,31 @@ class Encoder(VisionTransformer):
 
     def embed(self, image: Image, num_frames: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch width"]:
         """Gives one vector per clip: what the head sees."""
-        tokens, heard = self.tokens(image, num_frames)
+        tokens, heard = self._listen(image, num_frames, self.num_prefix_tokens or None)
         return self.head_drop(self.fc_norm(self._summary(tokens, heard)))
 
     def tokens(self, image: Image, num_frames: Int[Tensor, " batch"] | None = None) -> tuple[Tokens, Heard | None]:
         """Gives the last block's tokens, normalised, and which of them are heard, if not all."""
+        return self._listen(image, num_frames, num_read=None)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names what keeps its size: tokens and positions."""
+        return {"cls_token", "reg_token", *(f"positions.{name}" for name, _ in self.positions.named_parameters())}
+
+    def _listen(self, image: Image, num_frames: Tensor | None, num_read: int | None) -> tuple[Read, Heard | None]:
+        """Gives the first `num_read` of the last block's tokens, or all."""
         grid = self.patch_embed(image, num_frames)  # (batch, row, column, width)
         num_columns = None if num_frames is None else self.patch_embed.num_columns(num_frames)
         tokens = self._begin(grid, num_columns)
         heard = None if num_columns is None else self._heard(grid, num_columns)
         mask = None if heard is None else heard[:, None, None, :]  # (batch, head, query, key)
-        for block in self.blocks:
+        *earlier, last = self.blocks
+        for block, num_kept in (*((block, None) for block in earlier), (last, num_read)):
             if self.grad_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, mask, use_reentrant=False)
+                tokens = checkpoint(block, tokens, mask, num_kept, use_reentrant=False)
             else:
-                tokens = block(tokens, mask)
+                tokens = block(tokens, mask, num_kept)
         return self.norm(tokens), heard
-
-    def no_weight_decay(self) -> set[str]:
-        """Names what keeps its size: tokens and positions."""
-        return {"cls_token", "reg_token", *(f"positions.{name}" for name, _ in self.positions.named_parameters())}
 
     def _begin(self, grid: Float[Tensor, "batch row column width"], num_columns: Tensor | None) -> Tokens:
         """Adds positions, leaves patches out and puts the prefix tokens before the rest."""
@@ -110,7 +118,7 @@ class Encoder(VisionTransformer):
         patches = columns[:, None, :].expand(-1, grid.shape[1], -1).flatten(1)  # (batch, patch)
         return nn.functional.pad(patches, (self.num_prefix_tokens, 0), value=True)
 
-    def _summary(self, tokens: Tokens, heard: Heard | None) -> Float[Tensor, "batch width"]:
+    def _summary(self, tokens: Read, heard: Heard | None) -> Float[Tensor, "batch width"]:
         patches = tokens[:, self.num_prefix_tokens :]
         heard = None if heard is None else heard[:, self.num_prefix_tokens :]
         if self.attn_pool is not None:
