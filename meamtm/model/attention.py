@@ -27,24 +27,21 @@ class Attention(TimmAttention):
         self, x: Float[Tensor, "batch token width"], attn_mask: Mask | None = None, num_read: int | None = None
     ) -> Float[Tensor, "batch read width"]:
         """Gives what the first `num_read` tokens, or all, take; keys where the mask is False are not heard."""
-        query, key, value = self._all(x) if num_read is None else self._few(x, num_read)
+        if num_read is None:
+            query, key, value = self._heads(self.qkv(x), 3).unbind(0)
+        else:  # queries of the first tokens, keys and values of all
+            weight, bias, width = self.qkv.weight, self.qkv.bias, self.attn_dim
+            few = F.linear(x[:, :num_read], weight[:width], None if bias is None else bias[:width])
+            every = F.linear(x, weight[width:], None if bias is None else bias[width:])
+            (query,), (key, value) = self._heads(few, 1).unbind(0), self._heads(every, 2).unbind(0)
         heard = attend(query, key, value, attn_mask).transpose(1, 2)  # (batch, read, head, channel)
         return self.proj(heard.flatten(2))
 
-    def _all(self, x: Float[Tensor, "batch token width"]) -> tuple[Tensor, ...]:
-        return self._heads(self.qkv(x), 3)
-
-    def _few(self, x: Float[Tensor, "batch token width"], num_read: int) -> tuple[Tensor, ...]:
-        """Makes queries for the first tokens, keys and values for all."""
-        weight, bias = self.qkv.weight, self.qkv.bias
-        width = self.attn_dim
-        query = F.linear(x[:, :num_read], weight[:width], None if bias is None else bias[:width])
-        key_value = F.linear(x, weight[width:], None if bias is None else bias[width:])
-        return *self._heads(query, 1), *self._heads(key_value, 2)
-
-    def _heads(self, x: Float[Tensor, "batch token part"], num_parts: int) -> tuple[Tensor, ...]:
-        """Cuts into (batch, head, token, channel) each."""
-        return x.unflatten(2, (num_parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    def _heads(
+        self, x: Float[Tensor, "batch token _"], num_parts: int
+    ) -> Float[Tensor, "{num_parts} batch head token channel"]:
+        """Cuts what a projection gives into queries, keys or values of each head."""
+        return x.unflatten(2, (num_parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
 
 
 def attend(query: Queries, key: Heads, value: Heads, mask: Mask | None = None) -> Queries:
