@@ -253,6 +253,23 @@ def test_refused_point_costs_no_other_and_is_named(caplog: pytest.LogCaptureFixt
     assert "the service refuses bad at step 3 (no such name); it is left out there" in caplog.text
 
 
+def test_points_that_go_one_by_one_do_not_wait_for_more() -> None:
+    arrived: list[int] = []
+
+    def receive(points: Sequence[Point]) -> None:
+        if any(point.key == "bad" for point in points):
+            raise ValueError
+        arrived.extend(point.step for point in points)
+
+    mailbox = Mailbox(receive, lambda _: False, str, name="it", gather_s=60)
+    mailbox.put(*(Point("bad" if step == 0 else "good", 0.0, 0, step) for step in range(6)))
+    until_s = time.monotonic() + 10
+    while len(arrived) < 5 and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert arrived == [1, 2, 3, 4, 5]
+    assert mailbox.close(10.0) == []
+
+
 def test_first_point_goes_at_once_and_the_next_ones_together() -> None:
     arrived: list[list[int]] = []
     mailbox = Mailbox(lambda points: arrived.append([point.step for point in points]), lambda _: False, str, name="it")

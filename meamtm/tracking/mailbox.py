@@ -126,9 +126,11 @@ class Mailbox:
         self._next_pause_s = min(2 * self._next_pause_s, LONGEST_PAUSE_S)
 
     def _gather(self) -> None:
-        """Lets points come together, unless they fill a batch already or it is time to go."""
+        """Lets points come together, unless they go one by one, fill a batch already, or it is time to go."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or len(self._waiting) >= self._batch, self._gather_s)
+            self._changed.wait_for(
+                lambda: self._closing or self._singly > 0 or len(self._waiting) >= self._batch, self._gather_s
+            )
 
     def _done(self, head: Sequence[Point | Call]) -> None:
         """Forgets what was delivered or refused; either way the service answered."""

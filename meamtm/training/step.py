@@ -119,7 +119,7 @@ def settle_objects() -> None:
     """Keeps Python's garbage collector from walking again and again through what is there to stay.
 
     Ray, MLflow and torch leave a million objects, through which a full collection takes a quarter of a second, some
-    2 % of a small model's epochs. What is garbage already is collected first.
+    1 % of a small model's epochs. What is garbage already is collected first.
     """
     gc.unfreeze()
     gc.collect()
