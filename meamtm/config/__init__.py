@@ -13,7 +13,6 @@ from meamtm.config.flat import (
     nest,
     override,
     parse_changes,
-    read_yaml,
     run_name,
     signature,
     write_yaml,
@@ -31,6 +30,7 @@ from meamtm.config.schema import (
     TrainConfig,
 )
 from meamtm.config.section import Section
+from meamtm.config.yaml_text import read_yaml
 
 __all__ = [
     "WEIGHT_FILES",

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from meamtm.config.encoder import WEIGHT_FILES
 from meamtm.config.schema import RunConfig
+from meamtm.config.yaml_text import read_value, read_yaml, write_tree
 from meamtm.errors import ConfigError
 
 Value = bool | int | float | str | None | list[Any]
@@ -37,10 +38,11 @@ def flatten(tree: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, 
     items = tree.model_dump(mode="json").items() if isinstance(tree, BaseModel) else tree.items()
     flat: dict[str, Value] = {}
     for key, value in items:
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        leaves = flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        if twice := sorted(flat.keys() & leaves.keys()):
+            raise ConfigError(f"{twice[0]}={leaves[twice[0]]!r}: comes twice, nested and dotted; keep one of them")
+        flat |= leaves
     return flat
 
 
@@ -92,36 +94,15 @@ def parse_changes(words: Sequence[str]) -> dict[str, Value]:
         if not equals or not key:
             raise ConfigError(f"{word!r} is not KEY=VALUE; write for example optim.lr=3e-4")
         try:
-            changes[key] = yaml.safe_load(text)
+            changes[key] = read_value(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}={text}: not a YAML value; quote it or check its brackets") from error
     return changes
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads one YAML mapping, as data only."""
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; name an existing YAML file, for example one of configs/") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text ({error}); name a YAML file") from error
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); correct it") from error
-    if not isinstance(tree or {}, dict):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}, not keys and values; write KEY: VALUE lines")
-    return tree or {}
-
-
-def write_yaml(path: Path, tree: Mapping[str, Any], header: str = "") -> None:
+def write_yaml(path: Path, flat: Mapping[str, Any], header: str = "") -> None:
     """Writes dotted keys as a nested YAML file, whole or not at all."""
-    comment = "".join(f"# {line}\n" for line in header.splitlines())
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(comment + yaml.safe_dump(nest(tree), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    scratch.replace(path)
+    write_tree(path, nest(flat), header)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
