@@ -1,5 +1,6 @@
 """The `meamtm` command. Only this file prints; commands import what is heavy themselves, so that help is quick."""
 
+import io
 import logging
 import os
 import signal
@@ -44,6 +45,9 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("meamtm").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what no screen can show
     try:
         app()
     except MeamtmError as error:

@@ -1,3 +1,4 @@
+import hashlib
 import io
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meamtm.data.audio import BLOCK_FRAMES, encode_flac, read_audio, resampled_length, to_int16
+from meamtm.data.audio import BLOCK_SAMPLES, read_audio, resampled_length, to_flac, to_int16
 from meamtm.errors import DataError
 
 
@@ -55,7 +56,7 @@ def test_a_path_and_its_bytes_are_read_alike(tmp_path: Path) -> None:
 
 
 def test_blocks_join_without_a_seam() -> None:
-    length = 2 * BLOCK_FRAMES + 123
+    length = 2 * BLOCK_SAMPLES + 123
     waveform, _ = read_audio(encoded(tone(length, 32_000, 50), 32_000, "WAV", "FLOAT"), 16_000)
     assert len(waveform) == resampled_length(length, 32_000, 16_000)
     np.testing.assert_allclose(waveform[100:-100] / 32_768, tone(len(waveform), 16_000, 50)[100:-100], atol=1e-3)
@@ -64,9 +65,12 @@ def test_blocks_join_without_a_seam() -> None:
 @given(st.lists(st.integers(-32_768, 32_767), min_size=1, max_size=300), st.sampled_from([8_000, 44_100, 655_350]))
 def test_sixteen_bit_sounds_survive_flac_exactly(samples: list[int], rate_hz: int) -> None:
     waveform = np.array(samples, np.int16)
-    back, back_hz = read_audio(encode_flac(waveform, rate_hz))
+    flac = to_flac(encoded(waveform, rate_hz, "WAV"))
+    back, back_hz = read_audio(flac.data)
     np.testing.assert_array_equal(back, waveform)
-    assert back_hz == rate_hz
+    assert (back_hz, flac.sample_rate_hz, flac.num_samples) == (rate_hz, rate_hz, len(samples))
+    assert flac.digest == hashlib.sha256(waveform.data).hexdigest()
+    assert flac.is_silent == (not waveform.any())
 
 
 def test_floats_are_rounded_and_clipped() -> None:
@@ -88,7 +92,7 @@ def test_the_shortest_clips_are_read_at_any_rate(num_samples: int) -> None:
 
 def bad_files() -> dict[str, tuple[bytes, str]]:
     whole = encoded(tone(8_000, 8_000), 8_000, "WAV")
-    flac = encode_flac(to_int16(tone(30_000, 8_000)), 8_000)
+    flac = encoded(tone(30_000, 8_000), 8_000, "FLAC")
     return {
         "text": (b"this is a letter, not a sound\n" * 50, "cannot be decoded: .*[Ff]ormat not recognised"),
         "nothing": (b"", "cannot be decoded"),
@@ -108,13 +112,15 @@ def test_a_bad_file_is_refused_with_its_reason(kind: str, tmp_path: Path) -> Non
     for source in (path, content):
         with pytest.raises(DataError, match=reason):
             read_audio(source)
+        with pytest.raises(DataError, match=reason):
+            to_flac(source)
 
 
 @pytest.mark.parametrize("name", ["missing.wav", "folder.wav", "headerless.raw"])
 def test_what_is_no_sound_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "headerless.raw").write_bytes(bytes(100))
-    with pytest.raises(DataError, match=r"no such file|cannot be decoded"):
+    with pytest.raises(DataError, match=r"no such file|not a file|cannot be decoded"):
         read_audio(tmp_path / name)
 
 
@@ -127,4 +133,4 @@ def test_a_streamed_wav_of_unknown_length_is_read() -> None:
 
 def test_rates_beyond_flac_are_refused() -> None:
     with pytest.raises(DataError, match="cannot be kept as FLAC at 1000000 Hz"):
-        encode_flac(np.ones(10, np.int16), 1_000_000)
+        to_flac(encoded(np.ones(10, np.int16), 1_000_000, "WAV"))

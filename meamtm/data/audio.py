@@ -1,12 +1,16 @@
-"""One audio file -> mono int16 samples at the rate asked for, and back into FLAC.
+"""One audio file -> mono int16 samples at the rate asked for, or FLAC.
 
-Files are decoded in blocks, so that a long recording with many channels never lies in memory as floats. What cannot be
-used is a DataError whose text is the reason alone; who knows the file's name adds it."""
+Files are decoded in blocks, so that a long recording with many channels never lies in memory as floats, and on its way
+into FLAC not even as samples. What cannot be used is a DataError whose text is the reason alone; who knows the file's
+name adds it."""
 
+import hashlib
 import io
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +20,27 @@ from jaxtyping import Float32, Int16
 
 from meamtm.errors import DataError
 
-BLOCK_FRAMES = 1 << 18
+BLOCK_SAMPLES = 1 << 18
+"""Of all channels, decoded at once."""
+LEAST_HZ = 500
+"""A lower rate is a header that lies: seconds of it would become hours."""
 FULL_SCALE = 32_768
+LARGEST_BYTES = 1 << 31
+"""Arrow counts the bytes of a value in 32 bits."""
 STREAMED_BYTES = 0x7FFF_F000
 """A WAV header that declares this much or more was written before its length was known."""
+
+
+@dataclass(frozen=True)
+class Flac:
+    """A recording as packed: mono, lossless, at its own rate."""
+
+    data: bytes
+    sample_rate_hz: int
+    num_samples: int
+    digest: str
+    """SHA-256 of the samples."""
+    is_silent: bool
 
 
 def read_audio(source: Path | bytes, sample_rate_hz: int | None = None) -> tuple[Int16[np.ndarray, " time"], int]:
@@ -27,36 +48,35 @@ def read_audio(source: Path | bytes, sample_rate_hz: int | None = None) -> tuple
 
     Channels are averaged; values beyond full scale are clipped. DataError says why a file cannot be used.
     """
-    if isinstance(source, Path) and not source.is_file():
-        raise DataError("no such file")
-    try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
-            rate_hz = sample_rate_hz or file.samplerate
-            pieces = list(_decode(file, rate_hz))
-            num_frames = file.tell()
-            _check_whole(file, num_frames)
-    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-        reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
-        raise DataError(f"cannot be decoded: {reason.strip().rstrip('.')}") from error
-    if num_frames == 0:
-        raise DataError("empty: holds no samples")
-    waveform = np.concatenate(pieces)
-    return _fit(waveform, resampled_length(num_frames, file.samplerate, rate_hz)), rate_hz
+    with _decoding(source) as file:
+        rate_hz = sample_rate_hz or file.samplerate
+        samples = bytearray()  # grows where it lies; a list of blocks would have to be joined into as much again
+        for block in _blocks(file, rate_hz):
+            samples += block.data
+        num_samples = resampled_length(file.tell(), file.samplerate, rate_hz)
+    return _fit(np.frombuffer(samples, np.int16), num_samples), rate_hz
+
+
+def to_flac(source: Path | bytes) -> Flac:
+    """Decodes a file to mono, and encodes it as FLAC, without ever holding its samples.
+
+    DataError says why a file cannot be used, as `read_audio` does; rates above 655,350 Hz do not exist in FLAC.
+    """
+    out, state, num_samples, is_silent = io.BytesIO(), hashlib.sha256(), 0, True
+    with _decoding(source) as file, _encoding(out, file.samplerate) as flac:
+        for block in _blocks(file, file.samplerate):
+            flac.write(block)
+            state.update(block.data)
+            num_samples += len(block)
+            is_silent = is_silent and not block.any()
+    if out.tell() >= LARGEST_BYTES:
+        raise DataError(f"too long: {out.tell() / 2**30:.1f} GiB as FLAC, and a clip may take 2; cut it")
+    return Flac(out.getvalue(), file.samplerate, num_samples, state.hexdigest(), is_silent)
 
 
 def resampled_length(num_samples: int, from_hz: int, to_hz: int) -> int:
     """Samples that a recording has at another rate, at least one."""
     return max(1, (num_samples * to_hz + from_hz // 2) // from_hz)
-
-
-def encode_flac(waveform: Int16[np.ndarray, " time"], sample_rate_hz: int) -> bytes:
-    """Packs mono samples losslessly; rates above 655,350 Hz do not exist in FLAC and are a DataError."""
-    file = io.BytesIO()
-    try:
-        soundfile.write(file, waveform, sample_rate_hz, format="FLAC", subtype="PCM_16", compression_level=0.5)
-    except soundfile.LibsndfileError as error:
-        raise DataError(f"cannot be kept as FLAC at {sample_rate_hz} Hz: {error.error_string}") from error
-    return file.getvalue()
 
 
 def num_cores() -> int:
@@ -71,24 +91,62 @@ def to_int16(waveform: Float32[np.ndarray, " time"]) -> Int16[np.ndarray, " time
     return np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1, out=scaled).astype(np.int16)
 
 
-def _decode(file: soundfile.SoundFile, rate_hz: int) -> Iterator[Int16[np.ndarray, " time"]]:
-    """Yields mono blocks at the rate asked for."""
+@contextmanager
+def _decoding(source: Path | bytes) -> Iterator[soundfile.SoundFile]:
+    """Opens a sound file; what libsndfile cannot do with it is a DataError."""
+    if isinstance(source, Path) and not _is_file(source):
+        raise DataError("not a file" if source.exists() else "no such file")
+    try:
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
+            if file.samplerate < LEAST_HZ:
+                raise DataError(f"sampled at {file.samplerate} Hz; a sound has {LEAST_HZ} or more")
+            yield file
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
+        raise DataError(f"cannot be decoded: {reason.strip().rstrip('.')}") from error
+
+
+def _is_file(path: Path) -> bool:
+    """Tells a file from what might never end, as a pipe, or never begin, as links that lead to each other."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise DataError(f"cannot be opened: {error.strerror}") from error
+
+
+def _encoding(out: io.BytesIO, sample_rate_hz: int) -> soundfile.SoundFile:
+    """Opens a FLAC file of one channel for writing."""
+    kind = {"format": "FLAC", "subtype": "PCM_16", "compression_level": 0.5}
+    try:
+        return soundfile.SoundFile(out, "w", sample_rate_hz, 1, **kind)
+    except soundfile.LibsndfileError as error:
+        raise DataError(f"cannot be kept as FLAC at {sample_rate_hz} Hz: {error.error_string}") from error
+
+
+def _blocks(file: soundfile.SoundFile, rate_hz: int) -> Iterator[Int16[np.ndarray, " time"]]:
+    """Yields mono blocks at the rate asked for; DataError at the end if that came too early."""
+    num_frames = max(BLOCK_SAMPLES // file.channels, 1)
     if file.channels == 1 and file.subtype == "PCM_16" and file.samplerate == rate_hz:
-        while len(block := file.read(BLOCK_FRAMES, dtype="int16")):
+        while len(block := file.read(num_frames, dtype="int16")):
             yield block
-        return
-    stream = soxr.ResampleStream(file.samplerate, rate_hz, 1, dtype="float32") if file.samplerate != rate_hz else None
-    while len(frames := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
-        mono = frames[:, 0] if file.channels == 1 else frames.mean(axis=1, dtype=np.float32)  # (time,)
-        if not np.isfinite(mono).all():
-            raise DataError("holds samples that are not finite numbers")
-        yield to_int16(stream.resample_chunk(mono) if stream else mono)
-    if stream:
-        yield to_int16(stream.resample_chunk(np.empty(0, np.float32), last=True))
+    else:
+        stream = (
+            soxr.ResampleStream(file.samplerate, rate_hz, 1, dtype="float32") if file.samplerate != rate_hz else None
+        )
+        while len(frames := file.read(num_frames, dtype="float32", always_2d=True)):
+            mono = frames[:, 0] if file.channels == 1 else frames.mean(axis=1, dtype=np.float32)  # (time,)
+            if not np.isfinite(mono).all():
+                raise DataError("holds samples that are not finite numbers")
+            yield to_int16(stream.resample_chunk(mono) if stream else mono)
+        if stream:
+            yield to_int16(stream.resample_chunk(np.empty(0, np.float32), last=True))
+    _check_whole(file, file.tell())
 
 
 def _check_whole(file: soundfile.SoundFile, num_frames: int) -> None:
     """Refuses a file that ends before its header says. MP3 headers only estimate, so they are not held to it."""
+    if num_frames == 0:
+        raise DataError("empty: holds no samples")
     if num_frames < file.frames and file.format != "MP3":
         raise DataError(f"truncated: {num_frames} of {file.frames} samples are there")
     cut = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)

@@ -4,28 +4,28 @@ Sounds are decoded, averaged to one channel and kept as FLAC at their own rate. 
 with its reason and is not fatal. The data set appears whole or not at all."""
 
 import csv
-import hashlib
 import logging
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meamtm.data.audio import encode_flac, num_cores, read_audio
+from meamtm.data.audio import num_cores, to_flac
 from meamtm.data.folder import whole_folder
 from meamtm.data.packed import CARD, Card, read_card
 from meamtm.data.shards import Shards, Sound
-from meamtm.data.sources import Entry, Source, assign_folds, find_clips
+from meamtm.data.sources import Entry, Source, assign_folds, file_status, find_clips
 from meamtm.errors import DataError
 
 __all__ = ["Card", "pack", "read_card"]
 
 REJECTED = "rejected.csv"
+AHEAD_BYTES = 128 << 20
+"""Of files that are read before their turn: enough for all cores, and not several hours of sound at once."""
 SHARD_NAME = re.compile(r"clips-\d{5,}\.parquet")
 
 logger = logging.getLogger(__name__)
@@ -125,32 +125,41 @@ def _write(source: Source, folder: Path, strict: bool, progress: Callable[[int, 
 
 
 def _read_sounds(entries: Sequence[Entry]) -> Iterator[Sound]:
-    """Reads on all cores, in order, a bounded number ahead: memory does not grow with the data set."""
+    """Reads on all cores, in order, a bounded number of files and bytes ahead: memory does not grow with the set."""
     num_threads = num_cores()
-    waiting: deque[Future[Sound]] = deque()
-    rest = iter(entries)
+    waiting: deque[tuple[int, Future[Sound]]] = deque()
+    rest = deque((_size_bytes(entry.path), entry) for entry in entries)
+    ahead_bytes = 0
     with ThreadPoolExecutor(num_threads) as pool:
         try:
-            while True:
-                waiting.extend(
-                    pool.submit(_read_sound, entry) for entry in islice(rest, 4 * num_threads - len(waiting))
-                )
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
+            while rest or waiting:
+                while rest and len(waiting) < 4 * num_threads and (ahead_bytes < AHEAD_BYTES or not waiting):
+                    size_bytes, entry = rest.popleft()
+                    waiting.append((size_bytes, pool.submit(_read_sound, entry)))
+                    ahead_bytes += size_bytes
+                size_bytes, future = waiting.popleft()
+                yield future.result()
+                ahead_bytes -= size_bytes
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _size_bytes(path: Path) -> int:
+    found = file_status(path)
+    return found.st_size if found is not None else 0
+
+
 def _read_sound(entry: Entry) -> Sound:
     try:
-        waveform, rate_hz = read_audio(entry.path)
-        if not waveform.any():
-            raise DataError("silent: every sample is zero")
-        flac = encode_flac(waveform, rate_hz)
+        entry.clip_id.encode()
+        flac = to_flac(entry.path)
+    except UnicodeEncodeError:
+        return Sound(entry, reason="its name is not UTF-8; rename it")
     except DataError as error:
         return Sound(entry, reason=str(error))
-    return Sound(entry, flac, rate_hz, len(waveform), hashlib.sha256(waveform.data).hexdigest())
+    if flac.is_silent:
+        return Sound(entry, reason="silent: every sample is zero")
+    return Sound(entry, flac.data, flac.sample_rate_hz, flac.num_samples, flac.digest)
 
 
 def _check_enough(source: Source, kept: Sequence[Sound], rejected: Sequence[Sound]) -> None:
@@ -167,7 +176,7 @@ def _check_enough(source: Source, kept: Sequence[Sound], rejected: Sequence[Soun
 
 
 def _write_rejected(path: Path, rejected: Sequence[Sound]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "reason"))
         writer.writerows((sound.entry.path, sound.reason) for sound in rejected)

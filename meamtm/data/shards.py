@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -15,6 +17,7 @@ from meamtm.data.sources import Entry, Source
 ROW_GROUP_CLIPS = 64
 ROW_GROUP_BYTES = 64 << 20
 SHARD_BYTES = 256 << 20
+AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,15 @@ class Shards:
     def _write_row_group(self) -> None:
         if self._shard_bytes >= SHARD_BYTES:
             self._open()
-        table = pa.Table.from_pylist(self._rows, self._schema)
+        columns = [self._column(field) for field in self._schema]
+        table = pa.Table.from_arrays(columns, schema=self._schema)
         self._writers[-1].write_table(table, row_group_size=len(table))
         self._shard_bytes += self._group_bytes
         self._rows, self._group_bytes = [], 0
+
+    def _column(self, field: pa.Field) -> pa.Array | pa.ChunkedArray:
+        values = [row[field.name] for row in self._rows]
+        return _audio_column(values) if field.name == "audio" else pa.array(values, field.type)
 
     def _open(self) -> None:
         self.names.append(f"clips-{len(self._writers):05d}.parquet")
@@ -95,12 +103,22 @@ class Shards:
         self._shard_bytes = 0
 
 
+def _audio_column(values: Sequence[Mapping[str, Any]]) -> pa.ChunkedArray:
+    """Wraps encoded sounds without copying them: one may be an hour long."""
+    chunks = []
+    for value in values:
+        ends = pa.py_buffer(np.array([0, len(value["bytes"])], np.int32))
+        encoded = pa.Array.from_buffers(pa.binary(), 1, [None, ends, pa.py_buffer(value["bytes"])])
+        chunks.append(pa.StructArray.from_arrays([encoded, pa.array([value["path"]])], fields=list(AUDIO)))
+    return pa.chunked_array(chunks, AUDIO)
+
+
 def _schema(source: Source) -> pa.Schema:
     """Columns of a shard; the metadata holds class names, and each column's meaning in Hugging Face's words."""
     label = {"names": list(source.classes), "_type": "ClassLabel"}
     columns: list[tuple[str, pa.DataType, dict[str, Any]]] = [
         ("clip_id", pa.string(), _value("string")),
-        ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())]), {"_type": "Audio"}),
+        ("audio", AUDIO, {"_type": "Audio"}),
         ("sampling_rate", pa.int32(), _value("int32")),
         ("num_samples", pa.int64(), _value("int64")),
         ("labels", pa.list_(pa.int64()), {"feature": label, "_type": "Sequence"})

@@ -5,6 +5,9 @@ sub-folder per class. Nothing is decoded here."""
 
 import csv
 import hashlib
+import os
+import stat
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -62,6 +65,9 @@ def find_clips(source: Path, manifest: Path | None = None) -> Source:
         raise DataError(
             f"{table or source}: all clips have one class ({', '.join(classes)}); label at least two classes"
         )
+    for name in classes:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            raise DataError(f"{table or source}: the class {name!r} has a name that is no line of text; rename it")
     _check_unique(entries, table or source)
     _check_groups(entries, table or source)
     return Source(entries, classes, any(len(entry.labels) > 1 for entry in entries), _fingerprint(entries, table))
@@ -120,7 +126,7 @@ def _from_esc(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, 
                 f"{table} line {line}: target={target} is both {names[target]} and {category}; number classes apart"
             )
         name = row["filename"]
-        clip_id = Path(name).with_suffix("").as_posix()
+        clip_id = _clip_id(Path(name))
         group = row.get("src_file") or _esc_source(name)
         path = _inside(source / "audio", name, table, line)
         entries.append(Entry(clip_id, path, (category,), group, _fold(row, table, line)))
@@ -129,6 +135,11 @@ def _from_esc(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, 
         twice = Counter(classes).most_common(1)[0][0]
         raise DataError(f"{table}: category={twice} has several targets; give each class one number")
     return tuple(entries), classes
+
+
+def _clip_id(path: Path) -> str:
+    """A clip's name: its path below SOURCE without the suffix."""
+    return path.as_posix().removesuffix(path.suffix)
 
 
 def _esc_source(filename: str) -> str:
@@ -145,7 +156,7 @@ def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[
             raise DataError(f"{table} line {line}: label is empty; name at least one class")
         name = Path(row["path"])
         path = _inside(source, row["path"], table, line)
-        clip_id = name.with_suffix("").as_posix()
+        clip_id = _clip_id(name)
         fold = _fold(row, table, line) if row.get("fold") else None
         split = row.get("split") or None
         if split not in (*SPLITS, None):
@@ -166,7 +177,7 @@ def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
         for path in files:
-            clip_id = path.relative_to(source).with_suffix("").as_posix()
+            clip_id = _clip_id(path.relative_to(source))
             entries.append(Entry(clip_id, path, (folder.name,), clip_id))
     if not entries:
         raise DataError(
@@ -253,6 +264,15 @@ def _fingerprint(entries: Sequence[Entry], table: Path | None) -> str:
     """Tells cheaply whether SOURCE changed: names, sizes and times of the files, and the text of the table."""
     state = hashlib.sha256(table.read_bytes() if table else b"")
     for entry in entries:
-        stat = entry.path.stat() if entry.path.is_file() else None
-        state.update(repr((entry.clip_id, entry.labels, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+        found = file_status(entry.path)
+        state.update(repr((entry.clip_id, entry.labels, found and (found.st_size, found.st_mtime_ns))).encode())
     return state.hexdigest()[:16]
+
+
+def file_status(path: Path) -> os.stat_result | None:
+    """Looks at a file; None where there is none, whatever its name is, or where there is something else."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # a name too long, or with a zero in it
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None

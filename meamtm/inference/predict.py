@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from meamtm.data.audio import FULL_SCALE, read_audio
@@ -66,7 +66,7 @@ def check_any(answers: Sequence[Answer]) -> None:
 
 def write_csv(out: Path, classes: Sequence[str], answers: Sequence[Answer]) -> None:
     """Writes one line per file: its best class, every class's probability, and what was wrong with it."""
-    with out.open("w", newline="", encoding="utf-8") as file:
+    with out.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", *classes, "problem"])
         for answer in answers:
@@ -90,10 +90,14 @@ def _answer(saved: Saved, path: Path, function: Callable[[Tensor], Tensor]) -> A
         samples, _ = read_audio(path, saved.config.mel.sample_rate_hz)
     except DataError as error:
         return Answer(path, None, str(error))
-    device = saved.model.mel.mean.device
-    windows = _windows(torch.from_numpy(samples.astype(np.float32)) / FULL_SCALE, saved.config.clip_samples)
+    device, window = saved.model.mel.mean.device, saved.config.clip_samples
+    starts = _starts(len(samples), window)
+    samples = np.pad(samples, (0, max(window - len(samples), 0)))
+    parts = []
     with torch.inference_mode():
-        parts = [function(part.to(device)) for part in windows.split(WINDOWS_AT_ONCE)]
+        for some in starts.split(WINDOWS_AT_ONCE):  # floats of an hour would take four times what its samples take
+            windows = np.stack([samples[start : start + window] for start in some.tolist()])  # (batch, window)
+            parts.append(function(torch.from_numpy(windows).to(device).float() / FULL_SCALE))
     return Answer(path, torch.cat(parts).float().mean(0).cpu().numpy())
 
 
@@ -102,11 +106,8 @@ def _probabilities(saved: Saved, waveform: Float[Tensor, "batch time"]) -> Float
     return logits.sigmoid() if saved.labels.multi_label else logits.softmax(1)
 
 
-def _windows(samples: Float[Tensor, " time"], window: int) -> Float[Tensor, "batch window"]:
-    """Cuts a waveform into evenly spaced windows that cover it; a short one is padded with silence."""
-    spare = max(len(samples) - window, 0)
-    if spare == 0:
-        return torch.nn.functional.pad(samples, (0, window - len(samples)))[None]
+def _starts(num_samples: int, window: int) -> Int[Tensor, " batch"]:
+    """Where evenly spaced windows begin that cover a waveform; a short one has a single window."""
+    spare = max(num_samples - window, 0)
     count = 1 + -(-spare // window)
-    starts = (torch.arange(count) * spare // (count - 1)).tolist()
-    return torch.stack([samples[start : start + window] for start in starts])
+    return torch.arange(count) * spare // max(count - 1, 1)
