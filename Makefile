@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test soak check bench clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "meamtm needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=/path/to/python3")'
@@ -19,6 +19,9 @@ quickstart: $(STAMP)  ## tune, train and test on the built-in sounds
 
 test: $(STAMP)  ## every test, real Ray and MLflow included
 	@$(BIN)/python -m pytest
+
+soak: $(STAMP)  ## processes and machines killed, again and again
+	@$(BIN)/python -m pytest -m faults
 
 check: $(STAMP)  ## lint, format, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright

@@ -1,26 +1,33 @@
 """A run on Ray Train workers: the only file of meamtm that imports Ray.
 
 Ray brings up the processes, their process group and their restarts; what they execute is `train(config, context)`. A
-run's Ray name is its run folder's, so Ray's checkpoints are the run's and the same command continues it. Workers log
-nothing: their metrics come back through a queue to the process that started the run, which keeps the record."""
+run's Ray name is its run folder's, so Ray's checkpoints are the run's and the same command continues it. Workers keep
+no record: rank 0 leaves each epoch's metrics in a file of the run folder, where the process that started the run finds
+them, since Ray loses the last reports of a worker that dies."""
 
 import logging
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Any, no_type_check
+from threading import Event, Thread, current_thread, main_thread
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
 
 from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, run_name
+from meamtm.data.packed import read_card
 from meamtm.errors import ConfigError, MeamtmError, ServiceError
-from meamtm.tracking import Sink
+from meamtm.model.memory import check_memory
+from meamtm.tracking import Sink, append_row, read_rows
 from meamtm.training.checkpoint import NUM_KEPT, newest
+from meamtm.training.context import Stopped
 from meamtm.training.run import Outcome, absolute, conclude, finished, open_record, run_folder, run_here
 from meamtm.training.train import train
 
@@ -30,6 +37,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CONNECT_S = 10.0
+REPORTS, STOP = ".reports.jsonl", ".stop"
+POLL_S = 0.2
+GPU_STEPS = 16
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
@@ -42,12 +52,13 @@ def run(
     config: RunConfig, extra_sinks: Sequence[Sink] = (), should_stop: Callable[[], bool] = lambda: False
 ) -> Outcome:
     """Trains, tests and records a run where `scale` wants it: in this process, or on Ray Train workers."""
-    if config.scale.workers == 0:
-        return run_here(config, extra_sinks, should_stop)
-    return run_on_ray(config, extra_sinks)
+    where = run_here if config.scale.most_workers == 0 else run_on_ray
+    return where(config, extra_sinks, should_stop)
 
 
-def run_on_ray(config: RunConfig, extra_sinks: Sequence[Sink] = ()) -> Outcome:
+def run_on_ray(
+    config: RunConfig, extra_sinks: Sequence[Sink] = (), should_stop: Callable[[], bool] = lambda: False
+) -> Outcome:
     """Trains on `scale.workers` workers, then tests and records here; continues a run that was cut off."""
     import ray.train
 
@@ -57,19 +68,25 @@ def run_on_ray(config: RunConfig, extra_sinks: Sequence[Sink] = ()) -> Outcome:
     connect(config.scale.address)
     check_resources(config.scale)
     with open_record(config) as sinks:  # whatever is away, be it Ray, data or MLflow, shows before anything is written
-        with _listener((sinks, *extra_sinks)) as callback:
+        with following(run_folder(config), (sinks, *extra_sinks)), _stop_sign(config) as stop:
+            result = _in_background(make_trainer(config).fit)
+            while not wait([result], timeout=POLL_S).done:
+                if should_stop():
+                    stop.touch()
             try:
-                metrics = make_trainer(config, callbacks=[callback]).fit().return_value
+                metrics = result.result().return_value
             except ray.train.TrainingFailedError as error:
                 raise _mistake(error) or error from error
-        assert isinstance(metrics, dict), "every worker returns the last metrics"
+        if isinstance(metrics, str):
+            raise Stopped(metrics)
         return conclude(config, metrics, sinks)
 
 
 def make_trainer(
     config: RunConfig, callbacks: Sequence["ray.train.UserCallback"] = ()
 ) -> "ray.train.torch.TorchTrainer":
-    """Builds the Ray Train run of a config whose paths are absolute; `fit().return_value` is the last metrics."""
+    """Builds the Ray Train run of a config whose paths are absolute; `fit().return_value` is the last metrics, or what
+    a run says that was asked to stop."""
     import ray.train
     import ray.train.torch
 
@@ -83,7 +100,10 @@ def make_trainer(
         train_loop_config=flatten(config),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.workers, use_gpu=use_gpu, resources_per_worker=per_worker
+            num_workers=scale.workers,
+            use_gpu=use_gpu,
+            resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=scale.resize_s,
         ),
         run_config=ray.train.RunConfig(
             name=run_name(config),
@@ -108,6 +128,7 @@ class WorkerContext:
         self.world_size = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._folder = run_folder(config)
+        self._num_asked = 0
 
     def resume_from(self) -> Path | None:
         """Names the newest complete checkpoint in the run folder, whoever wrote it: Ray's workers or a plain run."""
@@ -117,6 +138,8 @@ class WorkerContext:
         """Uploads rank 0's checkpoint into the run folder and waits for the other ranks."""
         import ray.train
 
+        if self.rank == 0 and metrics:  # a run that stops has none
+            append_row(self._folder / REPORTS, metrics, int(metrics["epoch"]))
         uploaded = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint is not None else None
         name = checkpoint.name if checkpoint is not None else None
         ray.train.report(dict(metrics), uploaded, checkpoint_dir_name=name)
@@ -124,8 +147,14 @@ class WorkerContext:
             shutil.rmtree(checkpoint.parent)
 
     def should_stop(self) -> bool:
-        """Never asks to stop: Ray ends its workers itself."""
-        return False
+        """Asks rank 0 whether there is a stop sign: after every step, or on GPUs, which it makes wait, after some."""
+        self._num_asked += 1
+        if self.device.type == "cuda" and self._num_asked % GPU_STEPS:
+            return False
+        answer = torch.tensor([float((self._folder / STOP).exists())], device=self.device)
+        if self.world_size > 1:
+            dist.broadcast(answer, src=0)
+        return bool(answer.item())
 
 
 def connect(address: str | None = None, *, dashboard: bool = False) -> None:
@@ -136,6 +165,7 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
         return
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     address = address or os.environ.get("RAY_ADDRESS") or None
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if address is not None:
         _check_answers(address)
     try:
@@ -148,6 +178,8 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
             f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a "
             f"cluster with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
         ) from error
+    if callable(on_sigterm) and current_thread() is main_thread():  # Ray has put its own in the place of ours
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def check_resources(scale: ScaleConfig) -> None:
@@ -157,10 +189,10 @@ def check_resources(scale: ScaleConfig) -> None:
     wanted = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
     there = ray.cluster_resources()
     for kind, per_worker in wanted.items():
-        if scale.workers * per_worker > there.get(kind, 0):
-            key, needed = f"scale.{kind.lower()}s_per_worker", scale.workers * per_worker
+        if scale.least_workers * per_worker > there.get(kind, 0):
+            key, needed = f"scale.{kind.lower()}s_per_worker", scale.least_workers * per_worker
             raise ConfigError(
-                f"scale.workers={scale.workers} x {key}={per_worker:g} needs {needed:g} {kind}, and the "
+                f"scale.workers={scale.least_workers} x {key}={per_worker:g} needs {needed:g} {kind}, and the "
                 f"cluster has {there.get(kind, 0):g}; lower one of them"
             )
 
@@ -174,51 +206,73 @@ def uses_gpu(scale: ScaleConfig) -> bool:
     return scale.device == "cuda"
 
 
-def _train_on_worker(flat: dict[str, Any]) -> dict[str, float]:
+def _train_on_worker(flat: dict[str, Any]) -> dict[str, float] | str:
     config = from_flat(flat)
     torch.set_num_threads(config.scale.threads or max(1, int(config.scale.cpus_per_worker)))
-    return train(config, WorkerContext(config))
+    context = WorkerContext(config)
+    card = read_card(config.data.path)
+    check_memory(config, len(card.classes), card.num_clips, context.device)
+    try:
+        return train(config, context)
+    except Stopped as stop:  # which Ray must not take for a failure
+        return str(stop)
+
+
+def _in_background(call: Callable[[], Any]) -> "Future[Any]":
+    """Starts a call in a thread, so that this one hears Ctrl-C: Ray's own answer loses the work since a checkpoint."""
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=work, name="Ray Train", daemon=True).start()
+    return future
 
 
 @contextmanager
-def _listener(sinks: Sequence[Sink]) -> Iterator["ray.train.UserCallback"]:
-    """Gives a callback for Ray's controller, whose reports a thread of this process hands to the sinks."""
-    from ray.util.queue import Queue
+def _stop_sign(config: RunConfig) -> Iterator[Path]:
+    """Gives the file that asks all workers to stop, wherever they are; there is none at first and in the end."""
+    sign = run_folder(config) / STOP
+    sign.unlink(missing_ok=True)
+    try:
+        yield sign
+    finally:
+        sign.unlink(missing_ok=True)
 
-    queue = Queue(actor_options={"num_cpus": 0})
-    thread = Thread(target=_log_all, args=(queue, sinks), name="metrics from workers", daemon=True)
+
+@contextmanager
+def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
+    """Tells the sinks what a run's workers report into its folder while the block runs.
+
+    What workers reported after their driver died comes first. After a restart of workers epochs come again, with the
+    same numbers, and are left out."""
+    reports, ended = folder / REPORTS, Event()
+    known = read_rows(folder / "metrics.jsonl")
+
+    def follow() -> None:
+        last, size_bytes, is_last_look = int(known[-1]["step"]) if known else 0, 0, False
+        while not is_last_look:
+            is_last_look = ended.wait(POLL_S)
+            if not reports.exists() or reports.stat().st_size == size_bytes:
+                continue
+            size_bytes = reports.stat().st_size
+            for row in read_rows(reports):
+                if (step := int(row["step"])) > last:
+                    last = step
+                    for sink in sinks:
+                        sink.log({key: value for key, value in row.items() if key not in ("step", "time")}, step)
+
+    thread = Thread(target=follow, name="reports of workers", daemon=True)
     thread.start()
     try:
-        yield _forwarder(queue)
+        yield
     finally:
-        queue.put(None)
-        thread.join(CONNECT_S)
-        queue.shutdown()
-
-
-def _forwarder(queue: Any) -> "ray.train.UserCallback":
-    import ray.train
-
-    class Forwarder(ray.train.UserCallback):
-        """Sends rank 0's metrics home; ranks agree, since they are sums over all of them."""
-
-        @no_type_check  # a checked function could not travel to Ray's controller
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            """Runs in Ray's controller."""
-            del run_context, checkpoint
-            queue.put(metrics[0])
-
-    return Forwarder()
-
-
-def _log_all(queue: Any, sinks: Sequence[Sink]) -> None:
-    last = 0
-    while (metrics := queue.get()) is not None:
-        step = int(metrics["epoch"])
-        if step > last:  # after a restart the epochs since the checkpoint come again, with the same numbers
-            for sink in sinks:
-                sink.log(metrics, step)
-        last = max(last, step)
+        ended.set()
+        thread.join()
+    reports.unlink(missing_ok=True)
 
 
 def _mistake(error: BaseException) -> MeamtmError | None:

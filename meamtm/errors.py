@@ -20,3 +20,7 @@ class CheckpointError(MeamtmError):
 
 class ServiceError(MeamtmError):
     """A tracking server or a Ray cluster that does not answer."""
+
+
+class BusyError(MeamtmError):
+    """A folder in which another process is at work."""

@@ -2,7 +2,10 @@
 
 import ast
 import re
+import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,7 @@ ANOTHER: dict[str, Any] = {
     "scale.cpus_per_worker": 2.0,
     "scale.gpus_per_worker": 0.5,
     "scale.max_failures": 0,
+    "scale.resize_s": 5.0,
     "scale.threads": 1,
     "scale.address": "auto",
     "tracking.mlflow": False,
@@ -190,6 +194,10 @@ REFUSED = [
     (
         {"data.clip_s": 0.03},
         "data.clip_s=0.03 is shorter than one window (mel.window_ms=32); lengthen the clip",
+    ),
+    (
+        {"scale.workers": [2, 1]},
+        ("scale.workers=[2, 1] is not [least, most] with 1 <= least <= most; write for example scale.workers=[1, 4]"),
     ),
     (
         {"data.valid_fold": 1},
@@ -440,12 +448,43 @@ def test_every_key_says_what_it_means() -> None:
         ("- 1\n- 2", r"run\.yaml: holds a list, not keys and values; write KEY: VALUE lines"),
         ("train", r"run\.yaml: holds a str, not keys and values; write KEY: VALUE lines"),
         ("!!python/object/apply:os.getcwd []", r"run\.yaml line 1: not valid YAML \(could not determine a constructor"),
+        (
+            "a: &a [1]\nb: *a",
+            r"run\.yaml line 2: not valid YAML \(\*a stands for a value; write it out\); correct it",
+        ),
+        ("a: &a [*a]", r"run\.yaml line 1: not valid YAML \(\*a stands for a value"),
+        ("optim:\n  lr: 1\n  lr: 2", r"run\.yaml line 3: not valid YAML \(the key lr comes twice\); correct it"),
+        ("optim.lr: 1\noptim: {lr: 2}", r"^optim\.lr=2: comes twice, nested and dotted; keep one of them$"),
+        ("{" * 5_000, r"run\.yaml: not valid YAML \(too many brackets within each other\); correct it"),
+        ("a: 2026-13-01", r"run\.yaml: not valid YAML \(month must be in 1\.\.12\); correct it"),
+        ("a: \0", r"run\.yaml: not valid YAML \(unacceptable character .*\); correct it"),
+        ("a: 1\n" + "#" * (1 << 20), r"run\.yaml: longer than 1,048,576 characters; settings are not"),
     ],
+    ids=range(12),
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load(tmp_path / "run.yaml")
+
+
+def test_a_file_that_stands_for_more_than_there_is_memory_is_refused_at_once(tmp_path: Path) -> None:
+    """Nine lines of nine aliases each would be a billion words."""
+    lines = ["a0: &a0 [lol]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10))]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    began_s = time.monotonic()
+    with pytest.raises(ConfigError, match=r"run\.yaml line 2: not valid YAML \(\*a0 stands for a value"):
+        load(tmp_path / "run.yaml")
+    assert time.monotonic() - began_s < 1
+
+
+@given(st.text(max_size=60) | st.from_regex(r"([a-z.]{1,6}: ?[\[{*&!|>'\"]{0,3}[a-z0-9]{0,3}\n){1,4}"))
+def test_any_text_is_settings_or_a_config_error(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        with suppress(ConfigError):
+            load(path)
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

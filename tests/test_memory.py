@@ -4,13 +4,17 @@ import json
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import tiny
 
 from meamtm.config import from_flat
-from meamtm.model.memory import peak_training_bytes
+from meamtm.errors import ConfigError
+from meamtm.model.memory import memory_limit_bytes, peak_training_bytes
+from meamtm.training.run import run_here
 
 AST = {
     "encoder.stem": "patch",
@@ -97,3 +101,34 @@ def test_the_peak_is_foretold_within_a_fifth() -> None:
     measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     foretold = {kind: peak_training_bytes(from_flat(flat)) for kind, flat in kinds.items()}
     assert foretold == pytest.approx(measured, rel=0.2)
+
+
+def test_training_that_cannot_fit_is_refused_before_it_starts(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    changes = {"encoder.depth": 48, "encoder.heads": 64, "encoder.head_dim": 64}
+    with pytest.raises(
+        ConfigError,
+        match=r"train.batch_size=20 takes [\d,.]+ GB at training's peak, and there are [\d.]+ GB; lower it, raise "
+        r"train.accumulation_steps or scale.workers, or set train.grad_checkpointing=true",
+    ):
+        run_here(tiny(packed, cache_dir, tmp_path, changes))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mine", "files", "limit"),
+    [
+        ("0::/a/b", {"memory.max": "max", "a/memory.max": "3000", "a/b/memory.max": "5000"}, 3_000),
+        ("7:cpu:/x\n4:memory:/job/1", {"memory/job/memory.limit_in_bytes": "4096"}, 4_096),
+        ("0::/seen from outside", {"memory.max": "2048"}, 2_048),
+    ],
+    ids=["version 2", "version 1", "in a container"],
+)
+def test_a_containers_limit_is_the_memory_there_is(
+    tmp_path: Path, mine: str, files: dict[str, str], limit: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "mine").write_text(f"{mine}\n")
+    assert memory_limit_bytes(tmp_path, tmp_path / "mine") == limit
+    assert memory_limit_bytes(tmp_path, tmp_path / "none") > 1 << 30, "the machine's own"

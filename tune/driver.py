@@ -18,7 +18,6 @@ from meamtm.config import ScaleConfig
 from meamtm.distributed import check_resources, connect, uses_gpu
 from meamtm.tracking import MLflowSink
 from tune.history import requeue, settle, trained
-from tune.interrupt import arm
 from tune.plan import Plan
 from tune.record import Recorder
 from tune.search import TruthfulSearch
@@ -70,14 +69,14 @@ def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder) -> ray.t
             # One trial more than there is room for would be suggested without knowing how the others end.
             max_concurrent_trials=min(plan.config.max_concurrent or slots, missing),
             time_budget_s=plan.config.time_budget_s,
-            reuse_actors=scale.workers == 0,
+            reuse_actors=scale.most_workers == 0,
             trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:04d}-{trial.trial_id}",
         ),
         run_config=ray.tune.RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(plan.folder / "ray"),
             callbacks=[recorder],
-            failure_config=ray.tune.FailureConfig(max_failures=scale.max_failures if scale.workers == 0 else 0),
+            failure_config=ray.tune.FailureConfig(max_failures=scale.max_failures if scale.most_workers == 0 else 0),
             verbose=0,
         ),
     )
@@ -108,19 +107,18 @@ def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
 
 def _placement(scale: ScaleConfig) -> tuple[dict[str, float], int]:
     """What Ray reserves for a trial's own process, and how many trials the cluster holds."""
-    there, workers = ray.cluster_resources(), max(1, scale.workers)
+    there, workers = ray.cluster_resources(), max(1, scale.most_workers)
     needed = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
     check_resources(scale.model_copy(update={"workers": workers}))
     slots = min(int(there[kind] / (workers * amount) + 1e-6) for kind, amount in needed.items())
-    return (needed if scale.workers == 0 else NOTHING), slots
+    return (needed if scale.most_workers == 0 else NOTHING), slots
 
 
 @contextmanager
 def _cluster(scale: ScaleConfig) -> Iterator[None]:
     mine = not ray.is_initialized()
     if mine:
-        connect(scale.address, dashboard=scale.workers > 0)  # which frees the resources of stopped Ray Train runs
-        arm()  # Ray takes SIGTERM for itself
+        connect(scale.address, dashboard=scale.most_workers > 0)  # which frees the resources of stopped Ray Train runs
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ def interruptible() -> Iterator[None]:
         yield  # only the main thread may hear signals
         return
     before = [signal.getsignal(number) for number in SIGNALS]
-    arm()
+    _arm()
     try:
         yield
     except SystemExit as leaving:  # a library took SIGTERM meanwhile
@@ -29,8 +29,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def arm() -> None:
-    """Takes both signals, also from a library that took them meanwhile; does nothing off the main thread."""
+def _arm() -> None:
     last_s = -DEAF_S
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -40,6 +39,5 @@ def arm() -> None:
             last_s = now_s
             raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            signal.signal(number, interrupt)
+    for number in SIGNALS:
+        signal.signal(number, interrupt)

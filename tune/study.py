@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from meamtm.config import RunConfig, differences, override, write_yaml
 from meamtm.errors import ConfigError
+from meamtm.training.lock import held
 from tune.history import best, open_study, point_of, requeue, rows, trained
 from tune.interrupt import interruptible
 from tune.plan import Plan
@@ -28,27 +29,33 @@ Tell = Callable[[str], None]
 def run_study(plan: Plan, tell: Tell) -> Result:
     """Runs what is missing of a study and returns what it found; `tell` takes lines for the user.
 
-    Raises KeyboardInterrupt when told to stop, after ending every MLflow run; the next call continues."""
+    Raises KeyboardInterrupt when told to stop, after ending every MLflow run; the next call continues. BusyError while
+    another process runs the study."""
     if (done := read_result(plan)) is not None and done.covers(plan.config):
         return done
     with interruptible():
         tags = _check_data(plan)
-        plan.write()
-        study = open_study(plan)
-        requeue(study)
-        with (parent := _open_parent(plan, study, tags)) or nullcontext():
-            if (num_trained := len(trained(study))) < plan.config.trials:
-                tell(f"{plan.name}: {plan.config.trials - num_trained} of {plan.config.trials} trials to go")
-                from tune.driver import run_trials
-
-                run_trials(plan, parent, tags, tell)
-            return _conclude(plan, study, parent, tell)
+        with held(plan.folder):
+            return _run(plan, tags, tell)
 
 
 def best_config(plan: Plan, trial: "FrozenTrial") -> RunConfig:
     """The best trial's run, to be trained on train + validation."""
     ended = {"name": f"{plan.config.name}-best", "data.valid_fold": None}
     return override(plan.base, {**point_of(trial), **ended})
+
+
+def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
+    plan.write()
+    study = open_study(plan)
+    requeue(study)
+    with (parent := _open_parent(plan, study, tags)) or nullcontext():
+        if (num_trained := len(trained(study))) < plan.config.trials:
+            tell(f"{plan.name}: {plan.config.trials - num_trained} of {plan.config.trials} trials to go")
+            from tune.driver import run_trials
+
+            run_trials(plan, parent, tags, tell)
+        return _conclude(plan, study, parent, tell)
 
 
 def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tell) -> Result:

@@ -4,22 +4,28 @@ Either way it is `train(config, context)` in the trial's own run folder, so a tr
 its newest checkpoint."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from meamtm.config import RunConfig, from_flat
-from meamtm.distributed import make_trainer
+from meamtm.data.packed import read_card
+from meamtm.distributed import following, make_trainer
 from meamtm.errors import MeamtmError
+from meamtm.model.memory import check_memory
 from meamtm.tracking import JsonLines
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.context import LocalContext, choose_device
+from meamtm.training.lock import held
 from meamtm.training.run import run_folder
 from meamtm.training.train import train
+
+RELEASE_S = 30.0
+"""How long the process of an earlier attempt at the same trial may take to die."""
 
 
 def run_trial(suggestion: dict[str, Any]) -> None:
@@ -28,7 +34,7 @@ def run_trial(suggestion: dict[str, Any]) -> None:
     What the user can put right would go wrong again, so it is only reported; after other errors Tune may retry."""
     run = from_flat(suggestion["run"])
     try:
-        if run.scale.workers > 0:
+        if run.scale.most_workers > 0:
             _train_on_workers(run)
         else:
             _train_here(run)
@@ -70,42 +76,27 @@ class TrialContext:
 
 def _train_here(run: RunConfig) -> None:
     torch.set_num_threads(run.scale.threads or max(1, int(run.scale.cpus_per_worker)))
-    lines = JsonLines(run_folder(run) / "metrics.jsonl")
-    lines.start({}, {}, from_step=_epochs_done(run))
-    try:
-        context = TrialContext(LocalContext(run_folder(run), choose_device(run.scale), sinks=[lines]))
+    folder, device = run_folder(run), choose_device(run.scale)
+    card = read_card(run.data.path)
+    check_memory(run, len(card.classes), card.num_clips, device)
+    with held(folder, RELEASE_S), closing(JsonLines(folder / "metrics.jsonl")) as lines:
+        lines.start({}, {}, from_step=_epochs_done(run))
+        context = TrialContext(LocalContext(folder, device, sinks=[lines]))
         metrics = train(run, context)
         if not context.has_reported:  # it was finished already when its driver died
             ray.tune.report(metrics)
-    finally:
-        lines.close()
 
 
 def _train_on_workers(run: RunConfig) -> None:
-    metrics = make_trainer(run, callbacks=[TuneReportCallback(), _Lines(run)]).fit().return_value
-    assert isinstance(metrics, dict), "every worker returns the last metrics"
-    ray.tune.report(metrics)  # again, since the callback's last report may come after the end of this function
+    folder = run_folder(run)
+    with held(folder, RELEASE_S), closing(JsonLines(folder / "metrics.jsonl")) as lines:
+        lines.start({}, {}, from_step=_epochs_done(run))
+        with following(folder, [lines]):
+            metrics = make_trainer(run, callbacks=[TuneReportCallback()]).fit().return_value
+        assert isinstance(metrics, dict), "every worker returns the last metrics"
+        ray.tune.report(metrics)  # again, since the callback's last report may come after the end of this function
 
 
 def _epochs_done(run: RunConfig) -> int:
     found = newest(run_folder(run))
     return int(read_record(found)["epoch"]) if found is not None else 0
-
-
-class _Lines(ray.train.UserCallback):
-    """Keeps the metrics.jsonl of a run on Ray workers, from Ray's controller."""
-
-    def __init__(self, run: RunConfig) -> None:
-        self.path = run_folder(run) / "metrics.jsonl"
-        self.epochs = _epochs_done(run)
-        self.lines: JsonLines | None = None
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Writes rank 0's metrics; after a restart of the workers some epochs come again."""
-        del run_context, checkpoint
-        if self.lines is None:
-            self.lines = JsonLines(self.path)  # here, since an open file does not travel to the controller
-            self.lines.start({}, {}, from_step=self.epochs)
-        if (epoch := int(metrics[0]["epoch"])) > self.epochs:
-            self.lines.log(metrics[0], epoch)
-            self.epochs = epoch

@@ -1,13 +1,15 @@
 """What can be set: one frozen section per room. Every default lives once, with its meaning, unit and range; the model's
 sections are in `mel` and `encoder`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from meamtm.config.encoder import EncoderConfig
 from meamtm.config.mel import MelConfig
 from meamtm.config.section import Section
+
+NumWorkers = Annotated[int, Field(ge=0, le=4096)]
 
 
 class DataConfig(Section):
@@ -106,13 +108,37 @@ class TrainConfig(Section):
 class ScaleConfig(Section):
     """Where a run happens. Nothing here changes its result's identity."""
 
-    workers: int = Field(default=0, ge=0, le=4096, description="Ray Train workers; 0: this process")
+    workers: NumWorkers | tuple[NumWorkers, NumWorkers] = Field(
+        default=0, description="Ray Train workers, or [least, most] for as many as there is room for; 0: this process"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is a device")
     cpus_per_worker: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for a worker or a trial")
     gpus_per_worker: float = Field(default=1.0, gt=0, description="GPUs that Ray reserves for one, on CUDA")
     max_failures: int = Field(default=1, ge=-1, description="restarts of a failed Ray Train run; -1: no limit")
+    resize_s: float = Field(
+        default=60.0, ge=1, description="seconds between looks for room to grow; growing goes back to a checkpoint"
+    )
     threads: int | None = Field(default=None, ge=1, description="threads of a process; null: one per core it may use")
     address: str | None = Field(default=None, description="Ray cluster; null: RAY_ADDRESS, or one started here")
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which a run waits."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that a run takes if it can."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScaleConfig":
+        if not isinstance(self.workers, int) and not 1 <= self.least_workers <= self.most_workers:
+            raise ValueError(
+                f"scale.workers={list(self.workers)} is not [least, most] with 1 <= least <= most; write for example "
+                f"scale.workers=[1, 4]"
+            )
+        return self
 
 
 class TrackingConfig(Section):

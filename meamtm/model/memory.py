@@ -1,10 +1,13 @@
-"""A configuration -> the memory that its training takes at its highest, before anything is trained.
+"""A configuration -> the memory that its training takes at its highest, and whether there is as much, before anything
+is trained.
 
 One step forward and back runs on fake tensors, which have a shape and a type but no memory, through the very code that
 trains; every storage that comes and goes is counted."""
 
+import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meamtm.config import RunConfig
+from meamtm.config import RunConfig, override
+from meamtm.errors import ConfigError
 from meamtm.model.encoder import Encoder
 from meamtm.model.precision import autocast
 
+CGROUPS = Path("/sys/fs/cgroup")
 MOMENTS = 2
 """Numbers that AdamW keeps for each weight."""
 
@@ -27,7 +32,7 @@ def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
     Counted are weights, their moving average, AdamW's moments, gradients, activations and waveforms, on a CPU. What the
     system shows of a process is more, by the fragments of its heap (docs/results.md).
     """
-    num_clips = -(-config.train.batch_size // max(config.scale.workers, 1))
+    num_clips = -(-config.train.batch_size // max(config.scale.least_workers, 1))
     num_at_once = -(-num_clips // config.train.accumulation_steps)
     with torch.device("meta"):
         size = (config.mel.num_bands, config.num_frames)
@@ -44,6 +49,40 @@ def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
     kept_copies = 1 + MOMENTS + (config.train.ema_decay > 0)
     waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
     return count.peak_bytes + kept_copies * weight_bytes + waveform_bytes
+
+
+def check_memory(config: RunConfig, num_labels: int, num_clips: int, device: torch.device) -> None:
+    """Raises ConfigError where training on so many clips cannot fit into a device's memory, whatever else is in it."""
+    there = (
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_limit_bytes(CGROUPS)
+    )
+    most_clips = min(config.train.batch_size, num_clips)
+    needed = peak_training_bytes(override(config, {"train.batch_size": most_clips}), num_labels)
+    if needed > there:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} takes {needed / 1e9:,.1f} GB at training's peak, and there "
+            f"are {there / 1e9:,.1f} GB; lower it, raise train.accumulation_steps or scale.workers, or set "
+            f"train.grad_checkpointing=true"
+        )
+
+
+def memory_limit_bytes(cgroups: Path, mine: Path = Path("/proc/self/cgroup")) -> int:
+    """Gives the memory that a process may use: the machine's, or what a container or a batch system leaves of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in mine.read_text().splitlines() if mine.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = cgroups, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = cgroups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        place = root / path.lstrip("/")
+        for folder in (place, *place.parents):  # a group's limit holds for those within it, too
+            if folder.is_relative_to(root) and (folder / name).exists():
+                text = (folder / name).read_text().strip()
+                limits += [int(text)] if text.isdigit() else []  # or "max"
+    return min(limits)
 
 
 class _Count(TorchDispatchMode):

@@ -10,7 +10,7 @@ from meamtm.config import TrackingConfig
 from meamtm.tracking.figures import confusion_figure, curves_figure, per_class, per_class_table
 from meamtm.tracking.mlflow_sink import MLflowSink
 from meamtm.tracking.server import finish_orphans, hide_password, how_to_open, resolve_uri
-from meamtm.tracking.sink import JsonLines, Metrics, Sink, Sinks, Status, read_rows
+from meamtm.tracking.sink import JsonLines, Metrics, Sink, Sinks, Status, append_row, read_rows
 
 __all__ = [
     "JsonLines",
@@ -19,6 +19,7 @@ __all__ = [
     "Sink",
     "Sinks",
     "Status",
+    "append_row",
     "confusion_figure",
     "curves_figure",
     "finish_orphans",

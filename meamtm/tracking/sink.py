@@ -112,8 +112,7 @@ class JsonLines:
     def log(self, metrics: Metrics, step: int) -> None:
         """Appends a line and hands it to the operating system at once, so that a crash loses nothing."""
         assert self._file is not None, "start comes before log"
-        values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.write(_line(metrics, step))
         self._file.flush()
 
     def artifact(self, path: Path, folder: str = "") -> None:
@@ -135,6 +134,17 @@ class JsonLines:
 def read_rows(path: Path) -> list[dict[str, float | int]]:
     """Reads the lines of a metrics file, also of one still being written; a missing file has none, null is NaN."""
     return [{key: math.nan if value is None else value for key, value in line.items()} for line in _whole_lines(path)]
+
+
+def append_row(path: Path, metrics: Metrics, step: int) -> None:
+    """Adds a line to a metrics file that nobody keeps open; it is written at once, and whole."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(metrics, step))
+
+
+def _line(metrics: Metrics, step: int) -> str:
+    values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    return json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 import json
 import logging
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from meamtm.data.cache import open_clips
 from meamtm.data.loader import Loader
 from meamtm.data.packed import read_card
 from meamtm.data.split import split_clips
+from meamtm.model.memory import check_memory
 from meamtm.model.pretrained import Borrowed, borrow
 from meamtm.model.transformer import AudioTransformer
 from meamtm.tracking import (
@@ -30,6 +32,7 @@ from meamtm.tracking import (
 from meamtm.training.checkpoint import Labels, check_origin, newest, read_record
 from meamtm.training.context import LocalContext, choose_device
 from meamtm.training.evaluate import Evaluation, evaluate
+from meamtm.training.lock import held
 from meamtm.training.optim import make_optimizer
 from meamtm.training.train import train
 
@@ -98,29 +101,34 @@ def finished(config: RunConfig) -> Outcome | None:
     return Outcome(folder, checkpoint, record["metrics"], evaluation)
 
 
-def open_record(config: RunConfig, parent_run_id: str | None = None) -> Sinks:
-    """Starts the run's record where its newest checkpoint left it: config.yaml, metrics.jsonl and MLflow.
+@contextmanager
+def open_record(config: RunConfig) -> Iterator[Sinks]:
+    """Keeps the run's record from where its newest checkpoint left it: config.yaml, metrics.jsonl and MLflow.
 
     What would stop the run before its first step, be it in the data, the config or the tracking server, is an error
-    before anything is written.
+    before anything is written. So is another process that trains the same run (BusyError).
     """
     folder, marks = run_folder(config), tags(config)
-    found = newest(folder)
-    borrowed = _check(config, is_new=found is None)
-    sinks = open_sink(config.tracking, folder, run_name(config), parent_run_id=parent_run_id)
-    sinks.start(flatten(config), marks, from_step=int(read_record(found)["epoch"]) if found else 0)
-    write_yaml(folder / "config.yaml", flatten(config))
-    if borrowed is not None:
-        (folder / "pretrained.json").write_text(json.dumps(asdict(borrowed), indent=1))
-    return sinks
+    with held(folder):
+        found = newest(folder)
+        borrowed = _check(config, is_new=found is None)
+        sinks = open_sink(config.tracking, folder, run_name(config))
+        sinks.start(flatten(config), marks, from_step=int(read_record(found)["epoch"]) if found else 0)
+        with sinks:
+            write_yaml(folder / "config.yaml", flatten(config))
+            if borrowed is not None:
+                (folder / "pretrained.json").write_text(json.dumps(asdict(borrowed), indent=1))
+            yield sinks
 
 
 def _check(config: RunConfig, *, is_new: bool) -> Borrowed | None:
     """Makes what training makes, to see whether folds, batches, bands, optimizer and a new run's weights can be had."""
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     indices = split_clips(clips, config.data).train
-    world_size = max(config.scale.workers, 1)
+    world_size = max(config.scale.most_workers, 1)
     Loader(clips, indices, config.clip_samples, config.train.batch_size, seed=0, train=True, world_size=world_size)
+    if config.scale.most_workers == 0:
+        check_memory(config, len(clips.classes), len(indices), choose_device(config.scale))
     model = AudioTransformer(config, len(clips.classes))
     make_optimizer(model, config.optim)
     return borrow(model.encoder, config.encoder) if is_new and config.encoder.pretrained != "none" else None

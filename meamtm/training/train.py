@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from meamtm.config import RunConfig, signature
 from meamtm.data.cache import open_clips
@@ -59,6 +60,7 @@ def train(config: RunConfig, context: Context) -> dict[str, float]:
         for batch in training_batches(loader, config, context.device, **cursor):
             train_step(learner, batch)
             if context.should_stop():
+                learner.losses = _summed(learner)
                 context.report({}, _save(learner, labels, metrics) if context.rank == 0 else None)
                 raise Stopped(
                     f"stopped after {learner.epoch} epochs and {learner.batch} batches; the same command continues"
@@ -122,7 +124,7 @@ def _resume(learner: Learner, context: Context, labels: Labels) -> dict[str, flo
     if learner.ema is not None:
         learner.ema.module.load_state_dict(state["ema"])
     learner.epoch, learner.batch = record["epoch"], record["batch"]
-    learner.losses = list(state["losses"])
+    learner.losses = [loss * (context.rank == 0) for loss in state["losses"]]  # of all ranks, so one has them
     logger.info("continuing %s after epoch %d", signature(learner.config), learner.epoch)
     return dict(record["metrics"])
 
@@ -140,9 +142,7 @@ def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Pat
 
 def _finish_epoch(learner: Learner, num_clips: int) -> dict[str, float]:
     """Closes the epoch: moves the cursor on and returns its mean loss over the clips of all ranks."""
-    losses = torch.stack(learner.losses)  # (step,)
-    if learner.world_size > 1:
-        dist.all_reduce(losses)
+    losses = torch.stack(_summed(learner))  # (step,)
     if not bool(losses.isfinite().all()):
         step = int((~losses.isfinite()).nonzero()[0])
         raise MeamtmError(
@@ -155,6 +155,15 @@ def _finish_epoch(learner: Learner, num_clips: int) -> dict[str, float]:
         "train/loss": float(losses.sum()) / num_clips,
         "train/lr": learner.optimizer.param_groups[0]["lr"],
     }
+
+
+def _summed(learner: Learner) -> list[Tensor]:
+    """Gives the losses of the epoch's steps, summed over all ranks."""
+    if learner.world_size == 1:
+        return learner.losses
+    losses = torch.stack(learner.losses)  # (step,)
+    dist.all_reduce(losses)
+    return list(losses)
 
 
 def _validate(learner: Learner, clips: Clips, indices: NDArray[np.int64], context: Context) -> dict[str, float]:

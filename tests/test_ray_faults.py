@@ -1,0 +1,192 @@
+"""Workers, nodes and drivers are killed: the run goes on from its checkpoint, and ends as if nothing had happened."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from tiny import PLAIN, Record, local, tiny
+
+from meamtm.config import RunConfig, flatten, write_yaml
+from meamtm.distributed import run
+from meamtm.tracking import read_rows
+from meamtm.training.checkpoint import newest, read_record
+from meamtm.training.run import Outcome, absolute, run_folder
+from meamtm.training.train import train
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.faults,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    # Ray Data, which Ray Train sets up beside every run, builds its own defaults in a way that it calls deprecated.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+]
+CHANGES = {**PLAIN, "data.valid_fold": 2, "encoder.stem_activation": "silu", "optim.lr": 1e-3}
+"""Two workers then differ from one by 1e-6 (tests/test_parallel.py)."""
+SAME = 1e-6
+
+
+class Nodes:
+    """A cluster whose head computes nothing, and nodes of one CPU that come and go."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.nodes = [self.add(), self.add()]
+        ray.init(self.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+
+    def add(self) -> Any:
+        """Starts one more."""
+        return self.cluster.add_node(num_cpus=1)
+
+    def kill(self) -> None:
+        """Kills the one that came first, with all its processes."""
+        self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
+
+    def close(self) -> None:
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    """A cluster of this test's own."""
+    ray.shutdown()
+    cluster = Nodes()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def machine() -> Iterator[None]:
+    """Two CPUs on one machine."""
+    ray.shutdown()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+def until(what: Callable[[], Any], wait_s: float = 120) -> Any:
+    """Waits for something to be so, and returns it."""
+    deadline_s = time.monotonic() + wait_s
+    while not (found := what()):
+        assert time.monotonic() < deadline_s, "it never came to be"
+        time.sleep(0.05)
+    return found
+
+
+def workers() -> list[psutil.Process]:
+    """Processes that train at this moment."""
+    processes = psutil.process_iter(["cmdline"])  # those that have just died have none
+    return [each for each in processes if "RayTrainWorker" in "".join((each.info["cmdline"] or [])[:1])]
+
+
+def in_background(config: RunConfig, record: Record) -> "Future[Outcome]":
+    return ThreadPoolExecutor(1).submit(run, config, (record,))
+
+
+def science(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What a run measured, without its times; a step of the record is an epoch."""
+    return [{key: value for key, value in row.items() if not key.startswith(("time", "step"))} for row in rows]
+
+
+def assert_as_if_nothing_had_happened(config: RunConfig, rows: list[dict[str, float]], folder: Path) -> None:
+    """Compares epochs with those of a plain run, which no fault befell."""
+    plain, alone = config.model_copy(update={"runs_dir": str(folder / "plain")}), Record()
+    train(plain, local(plain, alone))
+    assert [row["epoch"] for row in rows] == list(range(1, config.train.epochs + 1)), "each epoch is there once"
+    for row, expected in zip(science(rows), science(alone.rows), strict=True):
+        assert row == pytest.approx(expected, abs=SAME), f"epoch {row['epoch']}"
+
+
+def test_a_run_survives_the_death_of_a_worker(machine: None, packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = absolute(tiny(packed, cache_dir, tmp_path, {**CHANGES, "scale.workers": 2, "train.epochs": 12}))
+    record = Record()
+    running = in_background(config, record)
+    until(lambda: newest(run_folder(config)))
+    workers()[0].kill()
+    killed_s = time.monotonic()
+    outcome = running.result(180)
+    assert time.monotonic() - killed_s < 60
+    assert outcome.checkpoint.name == "epoch-00012"
+    assert_as_if_nothing_had_happened(config, record.rows, tmp_path)
+    assert science(read_rows(outcome.folder / "metrics.jsonl"))[:12] == science(record.rows)
+
+
+def test_a_run_survives_the_loss_of_a_node(nodes: Nodes, packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = absolute(tiny(packed, cache_dir, tmp_path, {**CHANGES, "scale.workers": 2, "train.epochs": 12}))
+    record = Record()
+    running = in_background(config, record)
+    until(lambda: newest(run_folder(config)))
+    nodes.kill()
+    nodes.nodes.append(nodes.add())
+    outcome = running.result(240)
+    assert outcome.checkpoint.name == "epoch-00012"
+    assert_as_if_nothing_had_happened(config, record.rows, tmp_path)
+
+
+def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(
+    nodes: Nodes, packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    changes = {**CHANGES, "scale.workers": [1, 2], "scale.resize_s": 1, "scale.max_failures": 3, "train.epochs": 200}
+    config = absolute(tiny(packed, cache_dir, tmp_path, changes))
+    record = Record()
+    running = in_background(config, record)
+    folder = run_folder(config)
+    until(lambda: newest(folder))
+    until(lambda: len(workers()) == 2)
+    nodes.kill()
+    until(lambda: len(workers()) == 1)
+    alone_from = read_record(until(lambda: newest(folder)))["epoch"]
+    until(lambda: read_record(until(lambda: newest(folder)))["epoch"] > alone_from)
+    assert len(workers()) == 1
+    nodes.nodes.append(nodes.add())
+    until(lambda: len(workers()) == 2)
+    assert running.result(240).checkpoint.name == "epoch-00200"
+    assert_as_if_nothing_had_happened(config, record.rows, tmp_path)
+
+
+def command(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
+    write_yaml(folder / "run.yaml", flatten(config))
+    words = [sys.executable, "-m", "meamtm.cli", "train", str(folder / "run.yaml")]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_on_workers_that_is_told_to_stop_is_continued_by_the_same_command(
+    packed: Path, cache_dir: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    changes = {**CHANGES, "scale.workers": 2, "train.epochs": 30, "runs_dir": str(tmp_path / "ray")}
+    config = absolute(tiny(packed, cache_dir, tmp_path, changes))
+    folder = run_folder(config)
+    with command(config, tmp_path) as first:
+        until(lambda: newest(folder))
+        first.send_signal(number)
+        told_s = time.monotonic()
+        assert first.stderr is not None
+        said = first.stderr.read()
+        first.wait()
+    if number == signal.SIGKILL:
+        until(lambda: not workers())
+    else:
+        assert time.monotonic() - told_s < 10
+        assert "the same command continues" in said
+        assert "Traceback" not in said
+        assert first.returncode == 1
+    assert read_record(until(lambda: newest(folder)))["epoch"] < 30
+    with command(config, tmp_path) as second:
+        said = second.communicate()[1]
+    assert second.returncode == 0, said
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
+    assert_as_if_nothing_had_happened(config, rows, tmp_path)
