@@ -1,5 +1,6 @@
 """The `meamtm` command. Only this file prints; commands import what is heavy themselves, so that help is quick."""
 
+import errno
 import io
 import logging
 import os
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A small folder of labelled sounds becomes a good classifier: pack, train, evaluate, predict.",
 )
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 console = Console(markup=False, highlight=False)  # names of files and classes may hold [brackets]
 Changes = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changed settings, as `meamtm show` names them")
@@ -52,6 +54,12 @@ def main() -> None:
         app()
     except MeamtmError as error:
         typer.echo(f"meamtm: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        where = error.filename or "a file"
+        typer.echo(f"meamtm: {where}: {error.strerror}; make room, and run the same command again", err=True)
         sys.exit(2)
 
 

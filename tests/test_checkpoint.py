@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,18 @@ def test_publishing_leaves_no_scratch_behind(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     write(tmp_path / "run")
     assert list((tmp_path / "scratch").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["epoch-00001"]
+
+
+def test_what_a_killed_process_left_is_swept_up_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    for name, hours in {"meamtm-checkpoint-old": 25, "meamtm-checkpoint-new": 23, "other": 100}.items():
+        (tmp_path / "scratch" / name).mkdir(parents=True)
+        then_s = time.time() - 3_600 * hours
+        os.utime(tmp_path / "scratch" / name, (then_s, then_s))
+    (tmp_path / "run" / ".epoch-00009.part").mkdir(parents=True)
+    write(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == ["meamtm-checkpoint-new", "other"]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["epoch-00001"]
 
 

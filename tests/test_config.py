@@ -497,6 +497,20 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "run.yaml")
 
 
+@pytest.mark.parametrize(
+    ("uri", "kept"),
+    [
+        ("http://me:pl4nted@host:5000", "http://host:5000"),
+        ("postgresql://me:a/b@c@host/runs", "postgresql://host/runs"),
+        ("https://host/?token=pl4nted&x=1", "https://host/?token=&x=1"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+    ],
+)
+def test_a_password_is_not_saved(tmp_path: Path, uri: str, kept: str) -> None:
+    write_yaml(tmp_path / "run.yaml", flatten(override(RunConfig(), {"tracking.uri": uri})))
+    assert load(tmp_path / "run.yaml").tracking.uri == kept
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("# nothing differs\n")
     assert load(tmp_path / "run.yaml") == RunConfig()

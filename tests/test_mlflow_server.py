@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import requests
+from command import meamtm_command
 from mlflow_points import points_in, points_of
+from tiny import TINY
 
-from meamtm.config import TrackingConfig
+from meamtm.config import TrackingConfig, write_yaml
 from meamtm.errors import ServiceError
 from meamtm.tracking import (
     MLflowSink,
@@ -201,3 +203,21 @@ def test_errors_of_a_network_pass_and_refusals_do_not() -> None:
     assert is_away(TimeoutError())
     assert not is_away(PermissionError())
     assert not is_away(ValueError())
+
+
+@pytest.mark.slow
+def test_planted_password_is_nowhere(
+    server: Server, packed: Path, cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in a file of the run, of MLflow or of its log, nor on the screen."""
+    uri = server.uri.replace("://", "://me:pl4nted@")
+    places = {"data.path": str(packed), "data.cache_dir": str(cache_dir), "runs_dir": str(tmp_path / "runs")}
+    write_yaml(tmp_path / "run.yaml", {**TINY, **places, "tracking.mlflow": True, "train.epochs": 2})
+    result = meamtm_command("train", tmp_path / "run.yaml", f"tracking.uri={uri}")
+    assert result.code == 0
+    [run_folder] = (tmp_path / "runs").iterdir()
+    assert connect(server.uri).get_run(run_id_in(run_folder, uri) or "").info.status == "FINISHED"
+    files = [path for folder in (tmp_path, server.folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert [path for path in files if b"pl4nted" in path.read_bytes()] == []
+    assert "pl4nted" not in "".join((result.out, result.err, *capfd.readouterr()))

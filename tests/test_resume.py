@@ -22,7 +22,8 @@ CHANGES = {"data.valid_fold": 2, "augment.noise_db": 10.0, "encoder.patchout": 0
 """All that is random is on."""
 
 
-def _assert_equal(first: Path, second: Path) -> None:
+def assert_equal(first: Path, second: Path) -> None:
+    """Compares weights, averages and moments of two checkpoints bit for bit."""
     for name, tensor in load_file(first / "model.safetensors").items():
         assert torch.equal(tensor, load_file(second / "model.safetensors")[name]), name
     states = load_state(first), load_state(second)
@@ -33,8 +34,9 @@ def _assert_equal(first: Path, second: Path) -> None:
             assert torch.equal(value, states[1]["optimizer"]["state"][index][name]), (index, name)
 
 
-def _science(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+def science(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What a run measured, without its times."""
+    return [{key: value for key, value in row.items() if not key.startswith("time")} for row in rows]
 
 
 @pytest.mark.parametrize("stop_after", [3, 8, 10], ids=["mid-epoch", "end of an epoch", "mid-epoch again"])
@@ -48,8 +50,8 @@ def test_stopped_and_resumed_equals_uninterrupted(
     with pytest.raises(Stopped):
         train(parted, local(parted, two, should_stop=lambda: next(steps) >= stop_after))
     train(parted, local(parted, two))
-    assert _science(one.rows) == _science(two.rows)
-    _assert_equal(newest(run_folder(whole)), newest(run_folder(parted)))
+    assert science(one.rows) == science(two.rows)
+    assert_equal(newest(run_folder(whole)), newest(run_folder(parted)))
 
 
 def test_two_epochs_killed_and_two_more_equal_four(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
@@ -67,4 +69,4 @@ def test_two_epochs_killed_and_two_more_equal_four(packed: Path, cache_dir: Path
     assert process.wait() == -signal.SIGKILL
     assert newest(folder).name != "epoch-00004", "it was killed too late to show anything"
     train(killed, local(killed))
-    _assert_equal(newest(run_folder(whole)), newest(folder))
+    assert_equal(newest(run_folder(whole)), newest(folder))

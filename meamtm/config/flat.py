@@ -6,6 +6,7 @@ half of a change."""
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -101,8 +102,15 @@ def parse_changes(words: Sequence[str]) -> dict[str, Value]:
 
 
 def write_yaml(path: Path, flat: Mapping[str, Any], header: str = "") -> None:
-    """Writes dotted keys as a nested YAML file, whole or not at all."""
-    write_tree(path, nest(flat), header)
+    """Writes dotted keys as a nested YAML file, whole or not at all, and without the passwords in its URIs."""
+    write_tree(path, nest({key: _without_password(value) for key, value in flat.items()}), header)
+
+
+def _without_password(value: Any) -> Any:
+    """Drops user and password from a URI, which then come from the environment."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    return re.sub(r"(?i)(password|passwd|pwd|token|secret)=[^&\s]+", r"\1=", re.sub(r"://\S*@", "://", value))
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

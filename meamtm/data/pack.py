@@ -47,8 +47,14 @@ def pack(
     _check_out(out)
     card = _already(out, found.fingerprint)
     if card is None:
-        with whole_folder(out) as folder:
-            card = _write(found, folder, strict, progress)
+        try:
+            with whole_folder(out) as folder:
+                card = _write(found, folder, strict, progress)
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise DataError(
+                f"OUT={out}: cannot be written ({reason}); make room there, or name another folder"
+            ) from error
     elif card.num_rejected and strict:
         raise DataError(
             f"{out / REJECTED}: lists {card.num_rejected} unusable files; correct them, or pack without --strict"

@@ -50,6 +50,8 @@ class Source:
 
 def find_clips(source: Path, manifest: Path | None = None) -> Source:
     """Lists the clips of a folder; DataError when it has none or its lists contradict themselves."""
+    if source.is_file():
+        raise DataError(f"SOURCE={source}: is a file; name a folder with sounds in it, and unpack an archive first")
     if not source.is_dir():
         raise DataError(f"SOURCE={source}: no such folder; name a folder with sounds in it")
     table = manifest or _esc_table(source)

@@ -11,7 +11,9 @@ import os
 import pickle
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from meamtm.model.transformer import AudioTransformer
 logger = logging.getLogger(__name__)
 FORMAT = 1
 RECORD = {"format", "epoch", "batch", "metrics", "files"}
+SCRATCH, SCRATCH_S = "meamtm-checkpoint-", 86_400.0
 NUM_KEPT = 2
 """Newest checkpoints of a run that stay on disk: one, and one to fall back on."""
 
@@ -64,17 +67,25 @@ def save(
 
     `cursor` counts finished epochs and, of the epoch under way, finished batches.
     """
-    folder = Path(tempfile.mkdtemp(prefix="meamtm-")) / checkpoint_name(cursor)
-    folder.mkdir()
-    write_yaml(folder / "config.yaml", flatten(config))
-    (folder / "labels.json").write_text(json.dumps(labels.__dict__, indent=1))
-    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
-    torch.save(dict(state), folder / "train_state.pt")
-    files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-    record = {"format": FORMAT, "epoch": cursor[0], "batch": cursor[1], "metrics": dict(metrics), "files": files}
-    (folder / "metrics.json").write_text(json.dumps(record, indent=1))
-    for path in folder.iterdir():
-        _flush(path)
+    _sweep_scratch()
+    folder = Path(tempfile.mkdtemp(prefix=SCRATCH)) / checkpoint_name(cursor)
+    try:
+        folder.mkdir()
+        write_yaml(folder / "config.yaml", flatten(config))
+        (folder / "labels.json").write_text(json.dumps(labels.__dict__, indent=1))
+        save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
+        torch.save(dict(state), folder / "train_state.pt")
+        files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        record = {"format": FORMAT, "epoch": cursor[0], "batch": cursor[1], "metrics": dict(metrics), "files": files}
+        (folder / "metrics.json").write_text(json.dumps(record, indent=1))
+        for path in folder.iterdir():
+            _flush(path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is each of them, by who finds it full
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder}: cannot be written ({' '.join(str(error).split())[:200]}); make room there, or set TMPDIR to "
+            f"another folder; the same command continues"
+        ) from error
     return folder
 
 
@@ -84,11 +95,20 @@ def publish(scratch: Path, run_folder: Path) -> Path:
     part = run_folder / f".{scratch.name}.part"
     final = run_folder / scratch.name
     shutil.rmtree(part, ignore_errors=True)
-    shutil.move(scratch, part)  # across file systems this copies, which is why it goes to a hidden name first
-    scratch.parent.rmdir()
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
-    _flush(run_folder)
+    try:
+        shutil.move(scratch, part)  # across file systems this copies, which is why it goes to a hidden name first
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        _flush(run_folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: cannot be written ({error.strerror}); make room there; the same command continues"
+        ) from error
+    finally:
+        shutil.rmtree(scratch.parent)
+    for left in run_folder.glob(".epoch-*.part"):  # by a process that was killed
+        shutil.rmtree(left)
     for old in _checkpoints(run_folder)[NUM_KEPT:]:
         shutil.rmtree(old)
     return final
@@ -186,6 +206,14 @@ def checkpoint_name(cursor: tuple[int, int]) -> str:
     """Names a checkpoint by its cursor; names sort by age."""
     epoch, batch = cursor
     return f"epoch-{epoch:05d}" + (f"-batch-{batch:06d}" if batch else "")
+
+
+def _sweep_scratch() -> None:
+    """Removes what killed processes left in the temporary folder; living ones need theirs for minutes."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with suppress(FileNotFoundError):  # another process sweeps too
+            if time.time() - left.stat().st_mtime > SCRATCH_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _checkpoints(run_folder: Path) -> list[Path]:
