@@ -110,7 +110,7 @@ def test_a_run_folder_holds_the_whole_record(world: World) -> None:
     config = from_flat({**TINY, "train.epochs": 3, "data.path": "packed"})
     assert world.run_folder.name == f"first-{signature(config)}"
     found = {path.relative_to(world.run_folder).as_posix() for path in world.run_folder.rglob("*") if path.is_file()}
-    assert {name for name in found if not name.startswith("epoch-")} == {
+    assert {name for name in found if not name.startswith(("epoch-", ".lock"))} == {
         "config.yaml",
         "curves.png",
         "metrics.jsonl",
