@@ -165,7 +165,7 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
         return
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     address = address or os.environ.get("RAY_ADDRESS") or None
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if address is not None:
         _check_answers(address)
     try:
@@ -178,8 +178,9 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
             f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a "
             f"cluster with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
         ) from error
-    if callable(on_sigterm) and current_thread() is main_thread():  # Ray has put its own in the place of ours
-        signal.signal(signal.SIGTERM, on_sigterm)
+    for number, handler in handlers.items():  # Ray has put its own in the place of ours
+        if callable(handler) and current_thread() is main_thread():
+            signal.signal(number, handler)
 
 
 def check_resources(scale: ScaleConfig) -> None:

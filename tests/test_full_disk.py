@@ -16,6 +16,8 @@ from meamtm.data.packed import read_card
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.run import run_folder
 
+pytestmark = pytest.mark.faults
+
 
 def limited(largest_bytes: int | None, *words: object) -> subprocess.CompletedProcess[str]:
     """Runs `meamtm` in a process whose files cannot grow beyond a size, as on a disk with no more room."""
