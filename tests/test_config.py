@@ -511,6 +511,15 @@ def test_a_password_is_not_saved(tmp_path: Path, uri: str, kept: str) -> None:
     assert load(tmp_path / "run.yaml").tracking.uri == kept
 
 
+def test_an_at_sign_in_a_path_is_no_password(tmp_path: Path) -> None:
+    for place, kept in {
+        "s3://bucket/owl@night": "s3://bucket/owl@night",
+        "s3://me:pl4nted@host/x": "s3://host/x",
+    }.items():
+        write_yaml(tmp_path / "run.yaml", {"data.path": place})
+        assert load(tmp_path / "run.yaml").data.path == kept
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("# nothing differs\n")
     assert load(tmp_path / "run.yaml") == RunConfig()

@@ -103,14 +103,17 @@ def parse_changes(words: Sequence[str]) -> dict[str, Value]:
 
 def write_yaml(path: Path, flat: Mapping[str, Any], header: str = "") -> None:
     """Writes dotted keys as a nested YAML file, whole or not at all, and without the passwords in its URIs."""
-    write_tree(path, nest({key: _without_password(value) for key, value in flat.items()}), header)
+    write_tree(path, nest({key: _without_password(key, value) for key, value in flat.items()}), header)
 
 
-def _without_password(value: Any) -> Any:
-    """Drops user and password from a URI, which then come from the environment."""
+def _without_password(key: str, value: Any) -> Any:
+    """Drops user and password from a URI, which then come from the environment.
+
+    A tracking server's password may hold what should have been quoted; elsewhere an @ may belong to a path."""
     if not isinstance(value, str) or "://" not in value:
         return value
-    return re.sub(r"(?i)(password|passwd|pwd|token|secret)=[^&\s]+", r"\1=", re.sub(r"://\S*@", "://", value))
+    user = r"://\S*@" if key.endswith("tracking.uri") else r"://[^/\s]*@"
+    return re.sub(r"(?i)(password|passwd|pwd|token|secret)=[^&\s]+", r"\1=", re.sub(user, "://", value))
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
