@@ -10,11 +10,10 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread, current_thread, main_thread
+from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -25,9 +24,10 @@ from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, run_name
 from meamtm.data.packed import read_card
 from meamtm.errors import ConfigError, MeamtmError, ServiceError
 from meamtm.model.memory import check_memory
-from meamtm.tracking import Sink, append_row, read_rows
+from meamtm.tracking import Sink
 from meamtm.training.checkpoint import NUM_KEPT, newest
 from meamtm.training.context import Stopped
+from meamtm.training.notes import POLL_S, following, is_told_to_stop, report, stop_sign
 from meamtm.training.run import Outcome, absolute, conclude, finished, open_record, run_folder, run_here
 from meamtm.training.train import train
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CONNECT_S = 10.0
-REPORTS, STOP = ".reports.jsonl", ".stop"
-POLL_S = 0.2
 GPU_STEPS = 16
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
@@ -68,7 +66,7 @@ def run_on_ray(
     connect(config.scale.address)
     check_resources(config.scale)
     with open_record(config) as sinks:  # whatever is away, be it Ray, data or MLflow, shows before anything is written
-        with following(run_folder(config), (sinks, *extra_sinks)), _stop_sign(config) as stop:
+        with following(run_folder(config), (sinks, *extra_sinks)), stop_sign(run_folder(config)) as stop:
             result = _in_background(make_trainer(config).fit)
             while not wait([result], timeout=POLL_S).done:
                 if should_stop():
@@ -139,7 +137,7 @@ class WorkerContext:
         import ray.train
 
         if self.rank == 0 and metrics:  # a run that stops has none
-            append_row(self._folder / REPORTS, metrics, int(metrics["epoch"]))
+            report(self._folder, metrics)
         uploaded = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint is not None else None
         name = checkpoint.name if checkpoint is not None else None
         ray.train.report(dict(metrics), uploaded, checkpoint_dir_name=name)
@@ -151,7 +149,7 @@ class WorkerContext:
         self._num_asked += 1
         if self.device.type == "cuda" and self._num_asked % GPU_STEPS:
             return False
-        answer = torch.tensor([float((self._folder / STOP).exists())], device=self.device)
+        answer = torch.tensor([float(is_told_to_stop(self._folder))], device=self.device)
         if self.world_size > 1:
             dist.broadcast(answer, src=0)
         return bool(answer.item())
@@ -231,49 +229,6 @@ def _in_background(call: Callable[[], Any]) -> "Future[Any]":
 
     Thread(target=work, name="Ray Train", daemon=True).start()
     return future
-
-
-@contextmanager
-def _stop_sign(config: RunConfig) -> Iterator[Path]:
-    """Gives the file that asks all workers to stop, wherever they are; there is none at first and in the end."""
-    sign = run_folder(config) / STOP
-    sign.unlink(missing_ok=True)
-    try:
-        yield sign
-    finally:
-        sign.unlink(missing_ok=True)
-
-
-@contextmanager
-def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
-    """Tells the sinks what a run's workers report into its folder while the block runs.
-
-    What workers reported after their driver died comes first. After a restart of workers epochs come again, with the
-    same numbers, and are left out."""
-    reports, ended = folder / REPORTS, Event()
-    known = read_rows(folder / "metrics.jsonl")
-
-    def follow() -> None:
-        last, size_bytes, is_last_look = int(known[-1]["step"]) if known else 0, 0, False
-        while not is_last_look:
-            is_last_look = ended.wait(POLL_S)
-            if not reports.exists() or reports.stat().st_size == size_bytes:
-                continue
-            size_bytes = reports.stat().st_size
-            for row in read_rows(reports):
-                if (step := int(row["step"])) > last:
-                    last = step
-                    for sink in sinks:
-                        sink.log({key: value for key, value in row.items() if key not in ("step", "time")}, step)
-
-    thread = Thread(target=follow, name="reports of workers", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-    reports.unlink(missing_ok=True)
 
 
 def _mistake(error: BaseException) -> MeamtmError | None:

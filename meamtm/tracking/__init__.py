@@ -36,7 +36,7 @@ __all__ = [
 MEMO = "mlflow.json"
 
 
-def open_sink(tracking: TrackingConfig, folder: Path, run_name: str, *, parent_run_id: str | None = None) -> Sinks:
+def open_sink(tracking: TrackingConfig, folder: Path, run_name: str) -> Sinks:
     """Returns the sinks of the run in this folder, not yet started: `metrics.jsonl`, and MLflow if `tracking.mlflow`.
 
     The MLflow run's id is kept in `mlflow.json` there, so that the same folder on the same server continues the same
@@ -50,7 +50,6 @@ def open_sink(tracking: TrackingConfig, folder: Path, run_name: str, *, parent_r
         tracking.experiment,
         run_name,
         run_id=run_id_in(folder, uri),
-        parent_run_id=parent_run_id,
         history=lines,
         memo=folder / MEMO,
     )

@@ -1,0 +1,65 @@
+"""What a run's workers and the process that started them tell each other, by files in the run folder: metrics one way,
+the wish to stop the other. Files survive whoever wrote them; Ray loses the last reports of a worker that dies."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+from meamtm.tracking import Metrics, Sink, append_row, read_rows
+
+REPORTS, STOP = ".reports.jsonl", ".stop"
+POLL_S = 0.2
+
+
+def report(folder: Path, metrics: Metrics) -> None:
+    """Leaves an epoch's metrics for whoever keeps the record."""
+    append_row(folder / REPORTS, metrics, int(metrics["epoch"]))
+
+
+def is_told_to_stop(folder: Path) -> bool:
+    """Tells whether the workers should save and return."""
+    return (folder / STOP).exists()
+
+
+@contextmanager
+def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
+    """Tells the sinks what a run's workers report into its folder while the block runs.
+
+    What workers reported after their driver died comes first. After a restart of workers epochs come again, with the
+    same numbers, and are left out."""
+    reports, ended = folder / REPORTS, Event()
+    known = read_rows(folder / "metrics.jsonl")
+
+    def follow() -> None:
+        last, size_bytes, is_last_look = int(known[-1]["step"]) if known else 0, 0, False
+        while not is_last_look:
+            is_last_look = ended.wait(POLL_S)
+            if not reports.exists() or reports.stat().st_size == size_bytes:
+                continue
+            size_bytes = reports.stat().st_size
+            for row in read_rows(reports):
+                if (step := int(row["step"])) > last:
+                    last = step
+                    for sink in sinks:
+                        sink.log({key: value for key, value in row.items() if key not in ("step", "time")}, step)
+
+    thread = Thread(target=follow, name="reports of workers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    reports.unlink(missing_ok=True)
+
+
+@contextmanager
+def stop_sign(folder: Path) -> Iterator[Path]:
+    """Gives the file that asks all workers to stop, wherever they are; there is none at first and in the end."""
+    sign = folder / STOP
+    sign.unlink(missing_ok=True)
+    try:
+        yield sign
+    finally:
+        sign.unlink(missing_ok=True)
