@@ -1,23 +1,20 @@
-"""The `meamtm` command. Only this file prints; commands import what is heavy themselves, so that help is quick."""
+"""The `meamtm` command. It alone prints, with `screen`; commands import what is heavy themselves, so help is quick."""
 
 import errno
 import io
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from meamtm.errors import MeamtmError
+from meamtm.screen import EpochBar, bar, counting, stop_on_signal
 
 if TYPE_CHECKING:
     from meamtm.config import RunConfig
@@ -73,7 +70,7 @@ def synth(
     """Write the built-in sound set as audio files and a CSV."""
     from meamtm.data.synth import write_synth
 
-    with _counting("writing sounds") as progress:
+    with counting("writing sounds") as progress:
         write_synth(out, clips_per_class=clips_per_class, clip_s=clip_s, seed=seed, progress=progress)
     typer.echo(f"{10 * clips_per_class} clips of {clip_s:g} s, 10 classes, 5 folds: {out}")
 
@@ -88,7 +85,7 @@ def pack(
     """Pack labelled sounds into a data set of Parquet files."""
     from meamtm.data.pack import pack as pack_folder
 
-    with _counting("packing") as progress:
+    with counting("packing") as progress:
         card = pack_folder(source, out, manifest, strict=strict, progress=progress)
     folds = f"{len(card.folds)} folds" if card.folds else "its own train/valid/test split"
     rejected = f", {card.num_rejected} rejected (see {out / 'rejected.csv'})" if card.num_rejected else ""
@@ -139,8 +136,8 @@ def train(
     if resume and not any(folder.glob("epoch-*")):
         raise MeamtmError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out to begin")
     is_done = finished(settings) is not None
-    with _stop_on_signal() as should_stop, _bar() as progress:
-        outcome = run(settings, (_EpochBar(progress, settings.train.epochs),), should_stop)
+    with stop_on_signal() as should_stop, bar() as progress:
+        outcome = run(settings, (EpochBar(progress, settings.train.epochs),), should_stop)
     if is_done:
         typer.echo("this run is done; nothing was trained. Change a setting or `name` for another one.")
     if outcome.evaluation is not None:
@@ -220,7 +217,7 @@ def _check_folder(out: Path | None) -> None:
 def _collect(answers: "Iterator[Answer]", num_files: int) -> "list[Answer]":
     from meamtm.inference.predict import check_any
 
-    with _bar() as progress:
+    with bar() as progress:
         collected = list(progress.track(answers, num_files, description="listening"))
     check_any(collected)
     return collected
@@ -250,65 +247,6 @@ def _print_evaluation(evaluation: "Evaluation") -> None:
         scores = (f"{row[key]:.2f}" for key in ("precision", "recall", "f1"))
         table.add_row(str(row["class"]), *scores, f"{row['support']:g}")
     console.print(table)
-
-
-@contextmanager
-def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar and gives the function that moves it: (done, total)."""
-    with _bar() as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-class _EpochBar:
-    """A sink that moves a progress bar or, where nobody watches one, writes a line per epoch."""
-
-    def __init__(self, progress: Progress, num_epochs: int) -> None:
-        self._progress, self._task = progress, progress.add_task("training", total=num_epochs)
-
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
-        """Has nothing to prepare."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Shows the newest figures."""
-        keys = [key for key in ("train/loss", "valid/accuracy", "valid/map") if key in metrics]
-        shown = "  ".join(f"{key} {metrics[key]:.3f}" for key in keys)
-        self._progress.update(self._task, completed=step, description=shown or None)
-        if self._progress.disable and shown:
-            typer.echo(f"epoch {step}  {shown}", err=True)
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Shows no files."""
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Ends with its bar."""
-
-
-def _bar() -> Progress:
-    """Makes a bar that leaves nothing behind, so that an error is the only line on the screen and in a log."""
-    screen = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop, granted after the step; a second one kills."""
-    asked = threading.Event()
-
-    def ask(number: int, _frame: object) -> None:
-        asked.set()
-        signal.signal(number, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    except KeyboardInterrupt as stop:  # typer would leave without a word
-        typer.echo(f"meamtm: {str(stop) or 'stopped at once'}", err=True)
-        raise typer.Exit(1) from stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ LEFT_TO_RIGHT = (
     ("training",),
     ("inference",),
     ("distributed",),
+    ("screen",),
     ("cli",),
     ("tune",),
     ("jobs",),
