@@ -27,7 +27,7 @@ from meamtm.model.memory import check_memory
 from meamtm.tracking import Sink
 from meamtm.training.checkpoint import NUM_KEPT, newest
 from meamtm.training.context import Stopped
-from meamtm.training.notes import POLL_S, following, is_told_to_stop, report, stop_sign
+from meamtm.training.notes import POLL_S, following, is_told_to_stop, leave_report, stop_sign
 from meamtm.training.run import Outcome, absolute, conclude, finished, open_record, run_folder, run_here
 from meamtm.training.train import train
 
@@ -137,7 +137,7 @@ class WorkerContext:
         import ray.train
 
         if self.rank == 0 and metrics:  # a run that stops has none
-            report(self._folder, metrics)
+            leave_report(self._folder, metrics)
         uploaded = ray.train.Checkpoint.from_directory(checkpoint) if checkpoint is not None else None
         name = checkpoint.name if checkpoint is not None else None
         ray.train.report(dict(metrics), uploaded, checkpoint_dir_name=name)

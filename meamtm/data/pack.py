@@ -134,13 +134,14 @@ def _read_sounds(entries: Sequence[Entry]) -> Iterator[Sound]:
     """Reads on all cores, in order, a bounded number of files and bytes ahead: memory does not grow with the set."""
     num_threads = num_cores()
     waiting: deque[tuple[int, Future[Sound]]] = deque()
-    rest = deque((_size_bytes(entry.path), entry) for entry in entries)
+    rest = deque(entries)
     ahead_bytes = 0
     with ThreadPoolExecutor(num_threads) as pool:
         try:
             while rest or waiting:
                 while rest and len(waiting) < 4 * num_threads and (ahead_bytes < AHEAD_BYTES or not waiting):
-                    size_bytes, entry = rest.popleft()
+                    entry = rest.popleft()
+                    size_bytes = _size_bytes(entry.path)
                     waiting.append((size_bytes, pool.submit(_read_sound, entry)))
                     ahead_bytes += size_bytes
                 size_bytes, future = waiting.popleft()

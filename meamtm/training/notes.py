@@ -12,7 +12,7 @@ REPORTS, STOP = ".reports.jsonl", ".stop"
 POLL_S = 0.2
 
 
-def report(folder: Path, metrics: Metrics) -> None:
+def leave_report(folder: Path, metrics: Metrics) -> None:
     """Leaves an epoch's metrics for whoever keeps the record."""
     append_row(folder / REPORTS, metrics, int(metrics["epoch"]))
 
