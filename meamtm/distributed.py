@@ -28,7 +28,16 @@ from meamtm.tracking import Sink
 from meamtm.training.checkpoint import NUM_KEPT, newest
 from meamtm.training.context import Stopped
 from meamtm.training.notes import POLL_S, following, is_told_to_stop, leave_report, stop_sign
-from meamtm.training.run import Outcome, absolute, conclude, finished, open_record, run_folder, run_here
+from meamtm.training.run import (
+    Outcome,
+    absolute,
+    conclude,
+    finished,
+    open_record,
+    run_folder,
+    run_here,
+    send_rest,
+)
 from meamtm.training.train import train
 
 if TYPE_CHECKING:
@@ -62,6 +71,7 @@ def run_on_ray(
 
     config = absolute(config)
     if (done := finished(config)) is not None:
+        send_rest(config)
         return done
     connect(config.scale.address)
     check_resources(config.scale)

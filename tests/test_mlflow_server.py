@@ -15,18 +15,21 @@ import pytest
 import requests
 from command import meamtm_command
 from mlflow_points import points_in, points_of
-from tiny import TINY
+from tiny import TINY, tiny
 
-from meamtm.config import TrackingConfig, write_yaml
+from meamtm.config import TrackingConfig, flatten, write_yaml
 from meamtm.errors import ServiceError
 from meamtm.tracking import (
     MLflowSink,
     finish_orphans,
+    has_all,
     hide_password,
     open_sink,
+    read_rows,
     run_id_in,
 )
 from meamtm.tracking.server import connect, is_away
+from meamtm.training.run import run_folder
 
 
 class Server:
@@ -40,7 +43,10 @@ class Server:
     def start(self) -> None:
         words = f"-m mlflow server --backend-store-uri sqlite:///{self.folder}/mlflow.db --host 127.0.0.1 --workers 1"
         words += f" --artifacts-destination {self.folder}/artifacts --port {self.port}"
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = os.environ | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "-1",  # as docs/operations.md says
+        }
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *words.split()], stdout=log, stderr=log, env=environment, start_new_session=True
@@ -130,6 +136,127 @@ def test_server_that_dies_and_returns_misses_no_point(
     assert re.match(
         rf"MLflow at tracking.uri={server.uri} does not answer \(connection \w+\); the run goes", warnings[0]
     )
+
+
+def training(folder: Path, packed: Path, cache_dir: Path, uri: str, epochs: int) -> tuple[list[str], Path]:
+    """The words of `meamtm train` for a run of so many epochs, and its folder."""
+    run = tiny(
+        packed, cache_dir, folder / "runs", {"tracking.mlflow": True, "tracking.uri": uri, "train.epochs": epochs}
+    )
+    write_yaml(folder / "run.yaml", flatten(run))
+    return ["train", str(folder / "run.yaml")], run_folder(run)
+
+
+def wait_for_rows(folder: Path, count: int) -> None:
+    """Waits until a run has recorded so many more epochs."""
+    goal, deadline_s = len(read_rows(folder / "metrics.jsonl")) + count, time.monotonic() + 60
+    while len(read_rows(folder / "metrics.jsonl")) < goal:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_run_through_an_outage_of_thirty_seconds_has_every_point_once(
+    server: Server, packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    words, folder = training(tmp_path, packed, cache_dir, server.uri, epochs=100_000)
+    process = subprocess.Popen([sys.executable, "-m", "meamtm.cli", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_rows(folder, 10)
+        server.kill()
+        for _ in range(6):
+            wait_for_rows(folder, 1)
+            time.sleep(5)
+        wait_for_rows(folder, 1)  # training never paused
+        server.start()
+        wait_for_rows(folder, 10)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert said.count("does not answer") == 1
+    run_id = run_id_in(folder, server.uri)
+    assert run_id is not None
+    points = points_in(folder / "metrics.jsonl")
+    assert len(points) > 100
+    assert points_of(server.uri, run_id) == points
+    assert connect(server.uri).get_run(run_id).info.status == "KILLED"
+    assert has_all(folder, server.uri)
+
+
+@pytest.mark.slow
+def test_run_that_ended_while_the_server_was_away_is_sent_by_the_same_command(
+    server: Server, packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """Its process was killed as well; what was not sent is on the disk alone."""
+    words, folder = training(tmp_path, packed, cache_dir, server.uri, epochs=40)
+    process = subprocess.Popen([sys.executable, "-m", "meamtm.cli", *words], stderr=subprocess.DEVNULL)
+    try:
+        wait_for_rows(folder, 3)
+        server.kill()
+        deadline_s = time.monotonic() + 60
+        while not (folder / "curves.png").exists():  # the last thing that a run makes
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    away = meamtm_command(*words)
+    assert away.code == 0, "a finished run is finished, with or without a server"
+    assert "this run is done" in away.out
+    assert "which the same command sends later" in away.err
+    server.start()
+    assert not has_all(folder, server.uri)
+    assert meamtm_command(*words).code == 0
+    run_id = run_id_in(folder, server.uri)
+    assert run_id is not None
+    assert points_of(server.uri, run_id) == points_in(folder / "metrics.jsonl")
+    client = connect(server.uri)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(run_id)} == {"config.yaml", "curves.png", "test"}
+    assert has_all(folder, server.uri)
+    server.kill()
+    assert meamtm_command(*words).err == "", "what is sent needs no server any more"
+
+
+CROWD = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier, Lock
+from meamtm.config import TrackingConfig
+from meamtm.tracking import open_sink
+uri, folder, first, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+one_by_one, together = Lock(), Barrier(count, timeout=100)
+def run(number):
+    with open_sink(TrackingConfig(uri=uri, experiment="crowd"), folder / f"{number}", f"{number}") as sink:
+        with one_by_one:
+            sink.start({"number": number}, {"kind": "crowd"})
+        together.wait()
+        for step in range(1, 21):
+            sink.log({"train/loss": number + step, "valid/accuracy": step / number}, step)
+with ThreadPoolExecutor(count) as pool:
+    list(pool.map(run, range(first, first + count)))
+"""
+
+
+@pytest.mark.slow
+def test_two_hundred_runs_at_once_all_arrive_without_a_word(server: Server, tmp_path: Path) -> None:
+    """At a server whose store is one SQLite file, from four processes."""
+    words = [sys.executable, "-c", CROWD, server.uri, str(tmp_path)]
+    crowd = [
+        subprocess.Popen([*words, str(first), "50"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for first in (1, 51, 101, 151)
+    ]
+    assert [process.communicate()[0] for process in crowd] == [""] * 4
+    for number in range(1, 201):
+        assert has_all(tmp_path / str(number), server.uri)
+    for number in range(1, 201, 20):
+        run_id = run_id_in(tmp_path / str(number), server.uri)
+        assert run_id is not None
+        assert points_of(server.uri, run_id) == points_in(tmp_path / str(number) / "metrics.jsonl")
+    assert "database is locked" not in (server.folder / "server.log").read_text()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import ray
 import yaml
 from mlflow.entities import Run
+from mlflow_points import points_of
 from tiny import TINY
 
 from meamtm.config import load
@@ -26,10 +28,12 @@ from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
 from meamtm.training.run import absolute, finished, run_folder
 from tune.__main__ import main
+from tune.driver import run_trials
 from tune.history import open_study
 from tune.interrupt import interruptible
 from tune.plan import Plan, load_plan
 from tune.result import Result, read_result
+from tune.runs import is_recorded
 from tune.study import run_study
 
 # Ray Data, which Ray Train sets up beside every run, builds its own defaults in a way that it calls deprecated.
@@ -254,12 +258,38 @@ def test_failed_trials_are_failures_everywhere_and_end_the_study(cluster, study)
 def test_a_time_budget_ends_the_search(cluster, study):
     """Trials without a finished epoch, as on a busy machine, are left to a longer budget."""
     plan = load_plan(study, ["train.epochs=2000", "trials=2", "time_budget_s=10", "asha.enabled=false"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tune.study._conclude", lambda *_: None)  # 2000 epochs of the best would take minutes
-        run_study(plan, lambda _: None)
+    plan.write()
+    run_trials(plan, None, {}, pytest.fail)  # without the best one's 2000 epochs, which would take minutes
     for trial in open_study(plan).trials:
         assert trial.state.name == ("PRUNED" if trial.intermediate_values else "WAITING")
         assert trial.value == (trial.intermediate_values[trial.last_step or 0] if trial.intermediate_values else None)
+
+
+@pytest.mark.ray
+def test_a_finished_study_is_sent_to_a_server_that_lacks_it(finished_study, tmp_path):
+    """As after an outage; nothing is trained for it, and a second time nothing is sent."""
+    source = finished_study.plan
+    shutil.copytree(source.folder, tmp_path / "studies" / source.name)
+    words = [f"studies_dir={tmp_path}/studies", f"tracking.uri=sqlite:///{tmp_path}/other.db"]
+    plan = load_plan(finished_study.path, words)
+    assert run_study(plan, pytest.fail) == finished_study.result
+    first, second = (
+        {run.info.run_name: run for runs in recorded(each).values() for run in runs} for each in (source, plan)
+    )
+    trials = {f"trial-000{number}" for number in range(4)}
+    assert second.keys() == {plan.name, Path(finished_study.result.run_folder).name, *trials}
+    for name, run in second.items():
+        known = first[name]
+        assert run.info.status == known.info.status
+        assert run.data.tags.get("outcome") == known.data.tags.get("outcome")
+        different = {key for key, _ in run.data.params.items() ^ known.data.params.items()}
+        assert different <= {"studies_dir", "runs_dir", "tracking.uri", "trials"}
+        if name != plan.name:  # whose parent tells of both times that it was asked
+            points = [
+                points_of(str(each.base.tracking.uri), one.info.run_id) for each, one in ((source, known), (plan, run))
+            ]
+            assert points[0] == points[1]
+    assert is_recorded(plan)
 
 
 @pytest.mark.ray
@@ -380,7 +410,7 @@ def test_a_report_of_a_study_that_never_was_says_so(study, capfd):
 
 
 def test_a_finished_study_is_recognised_without_ray_or_optuna(study):
-    plan = load_plan(study)
+    plan = load_plan(study, ["tracking.mlflow=false"])
     plan.write()
     row = {
         "number": 0,
@@ -402,7 +432,7 @@ def test_a_finished_study_is_recognised_without_ray_or_optuna(study):
     (plan.folder / "result.json").write_text(json.dumps({**fields, **found, "mlflow_uri": None, "mlflow_run_id": None}))
     program = (
         "import sys; from tune.__main__ import main\n"
-        f"sys.argv = ['tune', {str(study)!r}]\n"
+        f"sys.argv = ['tune', {str(study)!r}, 'tracking.mlflow=false']\n"
         "try:\n    main()\n"
         "finally:\n    print(sorted({'ray', 'optuna', 'mlflow', 'torch'} & sys.modules.keys()))"
     )

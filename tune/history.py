@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 Outcome = Literal["complete", "pruned", "failed"]
+OUTCOMES: dict[str, Outcome] = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+"""By the name of Optuna's state."""
 
 
 def open_storage(plan: Plan) -> "RDBStorage":

@@ -5,24 +5,21 @@ ends with its true state even when its worker was killed."""
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray.tune
 
-from meamtm.config import flatten, from_flat, signature
+from meamtm.config import from_flat
 from meamtm.errors import ServiceError
-from meamtm.tracking import MLflowSink, Status, resolve_uri
-from meamtm.training.run import run_folder
+from meamtm.tracking import MLflowSink, Status
 from tune.history import judge, point_of, trained
 from tune.plan import Plan
 from tune.report import describe
+from tune.runs import end_all, end_child, start_child
 from tune.search import TruthfulSearch
 
 logger = logging.getLogger(__name__)
-CLOSE_WAIT_S = 4.0
-"""A study that is told to stop has ten seconds for everything; what a slow server misses is sent when it resumes."""
 
 
 class Recorder(ray.tune.Callback):
@@ -75,21 +72,10 @@ class Recorder(ray.tune.Callback):
         if self.parent is None:
             return
         known, run = self.search.known(trial.trial_id), from_flat(trial.config["run"])
-        folder = run_folder(run)
-        sink = MLflowSink(
-            self.parent.uri,
-            self.plan.base.tracking.experiment,
-            run.name,
-            run_id=known.user_attrs.get("mlflow_run_id"),
-            parent_run_id=self.parent.run_id,
-            history=folder / "metrics.jsonl",
-            close_wait_s=CLOSE_WAIT_S,
-        )
-        tags = {**self.tags, "signature": signature(run), "optuna.trial": str(known.number), "folder": str(folder)}
         try:
-            sink.start(flatten(run), tags, from_step=known.last_step or 0)
+            sink = start_child(self.parent, known, run, self.tags)
         except ServiceError as error:
-            logger.warning("%s is not in MLflow: %s", run.name, error)
+            logger.warning("%s is not in MLflow yet: %s", run.name, error)
             return
         self.sinks[trial.trial_id] = sink
         self.search.note(trial.trial_id, "mlflow_run_id", str(sink.run_id))
@@ -98,8 +84,7 @@ class Recorder(ray.tune.Callback):
         known = self.search.known(trial.trial_id)
         error = known.user_attrs.get("error", "") if outcome == "failed" else ""
         if sink := self.sinks.pop(trial.trial_id, None):
-            sink.tag({"outcome": outcome, **({"error": error} if error else {})})
-            sink.close("FAILED" if outcome == "failed" else "FINISHED")
+            end_child(sink, outcome, error)
         value = (trial.last_result or {}).get(self.plan.config.objective)
         measured = error or f"{self.plan.config.objective} {value:.4f}"
         elapsed_s = time.monotonic() - self.began_s.get(trial.trial_id, time.monotonic())
@@ -109,27 +94,5 @@ class Recorder(ray.tune.Callback):
         )
 
 
-def start_parent(plan: Plan, run_id: str | None, tags: Mapping[str, str]) -> MLflowSink:
-    """Opens the study's own MLflow run, or continues it; raises ServiceError where nobody answers."""
-    sink = MLflowSink(
-        resolve_uri(plan.base.tracking),
-        plan.base.tracking.experiment,
-        plan.name,
-        run_id=run_id,
-        close_wait_s=CLOSE_WAIT_S,
-    )
-    params = {key: value for key, value in flatten(plan.config).items() if not key.startswith(("space.", "set."))}
-    sink.start(params, {**tags, "study": plan.name, "signature": plan.signature})
-    return sink
-
-
-def end_all(sinks: Iterable[MLflowSink], status: Status) -> None:
-    """Closes several runs side by side, so that a slow server costs one wait and not one for each."""
-    sinks = list(sinks)
-    if sinks:
-        with ThreadPoolExecutor(len(sinks)) as pool:
-            list(pool.map(lambda sink: sink.close(status), sinks))
-
-
 def _is_metric(key: str, value: Any) -> bool:
-    return "/" in key and isinstance(value, int | float)
+    return ("/" in key or key == "epoch") and isinstance(value, int | float)

@@ -20,7 +20,7 @@ from meamtm.errors import ConfigError
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.run import absolute, run_folder
-from tune.history import failed, judge, open_storage
+from tune.history import OUTCOMES, failed, judge, open_storage
 from tune.limits import excess
 from tune.plan import Plan
 from tune.space import encode
@@ -28,7 +28,7 @@ from tune.space import encode
 REJECTED_IN_A_ROW = 50
 """Suggestions over the limits, one after another, before a study gives up."""
 
-STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+STATES = {outcome: TrialState[name] for name, outcome in OUTCOMES.items()}
 
 
 class TruthfulSearch(OptunaSearch):

@@ -9,12 +9,13 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from meamtm.config import RunConfig, differences, override, write_yaml
-from meamtm.errors import ConfigError
+from meamtm.errors import ConfigError, ServiceError
 from meamtm.training.lock import held
 from tune.history import best, open_study, point_of, requeue, rows, trained
 from tune.interrupt import interruptible
 from tune.plan import Plan
 from tune.result import Result, read_result, write_result
+from tune.runs import is_recorded, send_trials
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -32,6 +33,8 @@ def run_study(plan: Plan, tell: Tell) -> Result:
     Raises KeyboardInterrupt when told to stop, after ending every MLflow run; the next call continues. BusyError while
     another process runs the study."""
     if (done := read_result(plan)) is not None and done.covers(plan.config):
+        if not is_recorded(plan):
+            _complete_record(plan, done)
         return done
     with interruptible():
         tags = _check_data(plan)
@@ -55,11 +58,33 @@ def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
             from tune.driver import run_trials
 
             run_trials(plan, parent, tags, tell)
-        return _conclude(plan, study, parent, tell)
+        result = _conclude(plan, study, parent, tell)
+        if parent is not None:
+            _record(plan, study, result, parent, tags)
+        write_result(plan, result)
+        return result
+
+
+def _complete_record(plan: Plan, done: Result) -> None:
+    """Sends MLflow what it has not taken of a finished study; one that is still away costs a warning."""
+    from meamtm.training.run import absolute, send_rest
+
+    study, tags = open_study(plan), _check_data(plan)
+    with held(plan.folder):
+        try:
+            parent = _open_parent(plan, study, tags)
+        except ServiceError as error:
+            logger.warning("%s; it lacks a part of %s, which the same command sends later", error, plan.name)
+            return
+        assert parent is not None, "nothing is missing where MLflow is not wanted"
+        with parent:
+            send_rest(absolute(best_config(plan, study.trials[done.best])))
+            _record(plan, study, done, parent, tags)
 
 
 def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tell) -> Result:
     from meamtm.distributed import run
+    from tune.report import write_report
 
     trial = best(study, plan.config.mode)
     if trial is None:
@@ -84,20 +109,16 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
         mlflow_uri=parent.uri if parent else None,
         mlflow_run_id=parent.run_id if parent else None,
     )
-    _report(plan, study, result, parent)
-    write_result(plan, result)
+    write_report(plan, study)
     return result
 
 
-def _report(plan: Plan, study: "Study", result: Result, parent: "MLflowSink | None") -> None:
-    from tune.report import write_report
-
-    files = [plan.folder / "best.yaml", plan.folder / "study.yaml", *write_report(plan, study)]
-    if parent is not None:
-        measured = {"best/value": result.best_row.value or 0.0, **(result.test or {})}
-        parent.log(measured, step=len(result.rows))
-        for path in files:
-            parent.artifact(path)
+def _record(plan: Plan, study: "Study", result: Result, parent: "MLflowSink", tags: Mapping[str, str]) -> None:
+    """Shows in MLflow what the study found, and what MLflow has not taken of its trials."""
+    parent.log({"best/value": result.best_row.value or 0.0, **(result.test or {})}, step=len(result.rows))
+    for path in (plan.folder / "best.yaml", plan.folder / "study.yaml", *sorted((plan.folder / "report").iterdir())):
+        parent.artifact(path)
+    send_trials(plan, study, parent, tags)
 
 
 def _check_data(plan: Plan) -> dict[str, str]:
@@ -123,7 +144,7 @@ def _open_parent(plan: Plan, study: "Study", tags: Mapping[str, str]) -> "MLflow
     if not plan.base.tracking.mlflow:
         return None
     from meamtm.tracking import finish_orphans
-    from tune.record import start_parent
+    from tune.runs import start_parent
 
     known = study.user_attrs.get("mlflow_run_id")
     parent = start_parent(plan, known, tags)

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from meamtm.tracking.mailbox import Call, Mailbox, Point
+from meamtm.tracking.memo import remember, run_id_in
 from meamtm.tracking.server import connect, explain, find_experiment, hide_password, insist, is_away, unusable
 from meamtm.tracking.sink import Metrics, Status, outcome, read_rows
 
@@ -49,8 +50,8 @@ class _Open:
 class MLflowSink:
     """One MLflow run.
 
-    `run_id` continues a run, where the server still has it; `history` is a metrics file whose points the run may lack;
-    `memo` is a file that receives the run's id. Closing waits for at most `close_wait_s`."""
+    `run_id` continues a run, where the server still has it. `folder` is the run's own: its `metrics.jsonl` has points
+    that the server may lack, and its memo says which run to continue. Closing waits for at most `close_wait_s`."""
 
     def __init__(
         self,
@@ -60,13 +61,14 @@ class MLflowSink:
         *,
         run_id: str | None = None,
         parent_run_id: str | None = None,
-        history: Path | None = None,
-        memo: Path | None = None,
+        folder: Path | None = None,
         close_wait_s: float = 30.0,
     ) -> None:
         self.uri, self.experiment, self.run_name = uri, experiment, run_name
         self.run_id, self.parent_run_id = run_id, parent_run_id
-        self._history, self._memo, self._close_wait_s = history, memo, close_wait_s
+        if run_id is None and folder is not None:
+            self.run_id = run_id_in(folder, uri)
+        self._folder, self._close_wait_s = folder, close_wait_s
         self._known: set[tuple[str, int, float]] = set()  # points that the run has already, when it is continued
         self._open: _Open | None = None
         self._spool: Path | None = None
@@ -84,7 +86,8 @@ class MLflowSink:
         send = partial(_send, client, self.run_id)
         mailbox = Mailbox(send, is_away, explain, name=f"MLflow at tracking.uri={hide_password(self.uri)}")
         self._open = _Open(client, self.run_id, mailbox)
-        self._remember()
+        if self._folder is not None:
+            remember(self._folder, self.uri, self.run_id)
         self._describe(texts, tags, known.data.params)
         self._catch_up(from_step)
 
@@ -124,11 +127,13 @@ class MLflowSink:
             num_points = sum(isinstance(item, Point) for item in left)
             logger.warning(
                 "MLflow at tracking.uri=%s did not take the last %d points of run %s, which it shows as RUNNING; "
-                "metrics.jsonl has them all, and resuming the run sends them",
+                "metrics.jsonl has them all, and the same command sends them",
                 hide_password(self.uri),
                 num_points,
                 run.run_id,
             )
+        elif self._folder is not None:
+            remember(self._folder, self.uri, run.run_id, status)
         if self._spool is not None:
             shutil.rmtree(self._spool, ignore_errors=True)
 
@@ -161,11 +166,6 @@ class MLflowSink:
             self._known |= {(key, point.step, point.value) for point in history}
         return run
 
-    def _remember(self) -> None:
-        if self._memo is not None:
-            self._memo.parent.mkdir(parents=True, exist_ok=True)
-            self._memo.write_text(json.dumps({"uri": hide_password(self.uri), "run_id": self.run_id}), encoding="utf-8")
-
     def _describe(self, params: Mapping[str, str], tags: Mapping[str, str], known: Mapping[str, str]) -> None:
         """Sends params and tags; a param that another start of this run gave otherwise becomes a tag `changed.KEY`."""
         from mlflow.entities import Param
@@ -180,9 +180,9 @@ class MLflowSink:
 
     def _catch_up(self, from_step: int) -> None:
         """Sends what was logged up to that step and never arrived, since its process died too early."""
-        if self._history is None:
+        if self._folder is None:
             return
-        for row in read_rows(self._history):
+        for row in read_rows(self._folder / "metrics.jsonl"):
             step, time_s = int(row.pop("step")), row.pop("time", 0.0)
             if step <= from_step:
                 self._log_at({key: value for key, value in row.items() if math.isfinite(value)}, step, time_s)

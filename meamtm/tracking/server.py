@@ -36,6 +36,7 @@ MANNERS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # MLflow's 120 s would outlast every wait of ours
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "-1",  # a store's calls take two connections each; 15 block one another
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a run talks to nobody whom its configuration does not name
 }
 """Environment defaults for MLflow in this process; a value that the user has set stays."""

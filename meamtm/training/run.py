@@ -16,6 +16,7 @@ from meamtm.data.cache import open_clips
 from meamtm.data.loader import Loader
 from meamtm.data.packed import read_card
 from meamtm.data.split import split_clips
+from meamtm.errors import ServiceError
 from meamtm.model.memory import check_memory
 from meamtm.model.pretrained import Borrowed, borrow
 from meamtm.model.transformer import AudioTransformer
@@ -24,6 +25,8 @@ from meamtm.tracking import (
     Sinks,
     confusion_figure,
     curves_figure,
+    has_all,
+    open_mlflow,
     open_sink,
     per_class_table,
     read_rows,
@@ -57,6 +60,7 @@ def run_here(
     """Trains in this process, tests on the test fold and records both; a finished run only reads its record."""
     config = absolute(config)
     if (done := finished(config)) is not None:
+        send_rest(config)
         return done
     if config.scale.threads is not None:
         torch.set_num_threads(config.scale.threads)
@@ -74,11 +78,9 @@ def conclude(config: RunConfig, metrics: dict[str, float], sinks: Sinks) -> Outc
     evaluation = evaluate(checkpoint) if _holds_out(config) else None
     if evaluation is not None:
         sinks.log(evaluation.metrics, int(metrics["epoch"]))
-        record_evaluation(evaluation, folder / "test", sinks)
+        record_evaluation(evaluation, folder / "test")
     curves_figure(read_rows(folder / "metrics.jsonl"), folder / "curves.png")
-    for name in ("config.yaml", "curves.png", "pretrained.json"):
-        if (folder / name).exists():
-            sinks.artifact(folder / name)
+    _hand_over(folder, sinks)
     return Outcome(folder, checkpoint, metrics, evaluation)
 
 
@@ -134,15 +136,39 @@ def _check(config: RunConfig, *, is_new: bool) -> Borrowed | None:
     return borrow(model.encoder, config.encoder) if is_new and config.encoder.pretrained != "none" else None
 
 
-def record_evaluation(evaluation: Evaluation, folder: Path, sinks: Sink) -> None:
-    """Writes metrics, the confusion matrix and the per-class table, and hands them to the sinks."""
+def send_rest(config: RunConfig) -> None:
+    """Sends MLflow what it has not taken of a finished run; a server that is still away costs a warning."""
+    folder = run_folder(config)
+    if not config.tracking.mlflow or has_all(folder, resolve_uri(config.tracking)):
+        return
+    with held(folder):
+        sink = open_mlflow(config.tracking, folder, run_name(config))
+        marks = tags(config) if sink.run_id is None else {}  # a run that is known has those of when it was trained
+        try:
+            sink.start(flatten(config), marks, from_step=config.train.epochs)
+        except ServiceError as error:
+            logger.warning("%s; it lacks a part of %s, which the same command sends later", error, folder)
+            return
+        with sink:
+            _hand_over(folder, sink)
+
+
+def _hand_over(folder: Path, sink: Sink | Sinks) -> None:
+    """Gives copies of what a finished run has to show."""
+    for name in ("config.yaml", "curves.png", "pretrained.json"):
+        if (folder / name).exists():
+            sink.artifact(folder / name)
+    for path in sorted((folder / "test").glob("*")):
+        sink.artifact(path, "test")
+
+
+def record_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Writes metrics, the confusion matrix and the per-class table."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(evaluation.metrics, indent=1))
     if evaluation.confusion is not None:
         confusion_figure(evaluation.confusion, evaluation.classes, folder / "confusion.png")
         per_class_table(evaluation.confusion, evaluation.classes, folder / "per_class.csv")
-    for path in sorted(folder.iterdir()):
-        sinks.artifact(path, "test")
 
 
 def tags(config: RunConfig) -> dict[str, str]:
