@@ -75,7 +75,7 @@ def test_pack_names_what_it_rejected(world: World, tmp_path: Path) -> None:
 
 
 def test_show_prints_every_key_with_its_value_and_the_cost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "250")
     shown = meamtm_command("show", "run.yaml", "optim.lr=3e-4")
     assert (shown.code, shown.err) == (0, "")
     rows = {cells[1].strip(): cells[2].strip() for line in shown.out.splitlines() if (cells := line.split("│"))[2:]}
