@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 5.0
 """Between two attempts; short enough that closing sees several."""
-GATHER_S = 5.0
-"""Between two deliveries of points. Each takes some 10 ms of the training process, however few points it holds, and
-many trials share one server."""
+GATHER_S = 15.0
+"""Between two deliveries of points. Each holds up the training process for some 10 ms of Python, however few points it
+has, and many trials share one server; MLflow's own page looks every 30 s."""
 
 
 class Point(NamedTuple):
