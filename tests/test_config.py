@@ -134,6 +134,7 @@ ANOTHER: dict[str, Any] = {
     "train.accumulation_steps": 2,
     "train.grad_checkpointing": True,
     "train.checkpoint_s": 0.0,
+    "train.deterministic": True,
     "scale.workers": 2,
     "scale.device": "cpu",
     "scale.cpus_per_worker": 2.0,
@@ -148,7 +149,15 @@ ANOTHER: dict[str, Any] = {
 }
 """A valid value for each key that is not its default."""
 
-SAME_RUN = {"name", "runs_dir", "data.cache", "data.cache_dir", "train.checkpoint_s", "train.grad_checkpointing"}
+SAME_RUN = {
+    "name",
+    "runs_dir",
+    "data.cache",
+    "data.cache_dir",
+    "train.checkpoint_s",
+    "train.deterministic",
+    "train.grad_checkpointing",
+}
 """Keys that cannot change a result, besides all of scale and tracking."""
 
 REFUSED = [

@@ -1,5 +1,6 @@
 """The training loop: it learns, ends, says that it is done, stops when asked and refuses what cannot work."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from meamtm.data.pack import pack
 from meamtm.data.synth import write_synth
 from meamtm.errors import CheckpointError, MeamtmError
 from meamtm.training.checkpoint import load_model, newest
-from meamtm.training.context import Stopped
+from meamtm.training.context import LocalContext, Stopped
 from meamtm.training.evaluate import evaluate
 from meamtm.training.run import run_folder, run_here
 from meamtm.training.train import train
@@ -29,6 +30,36 @@ def test_losses_equal_the_golden_ones(packed: Path, cache_dir: Path, tmp_path: P
     expected = [line for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
     for found, wanted in zip(losses, expected, strict=True):
         assert [float(x) for x in found.split()] == pytest.approx([float(x) for x in wanted.split()], abs=2e-3), losses
+
+
+class DeterminismRecord(Record):
+    """Keeps whether torch was deterministic when an epoch ended."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        super().log({**metrics, "deterministic": float(torch.are_deterministic_algorithms_enabled())}, step)
+
+
+def test_deterministic_training_is_so_while_it_lasts_and_changes_nothing_on_a_cpu(
+    packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    plain, strict = Record(), DeterminismRecord()
+    for folder, changes, record in (("plain", {}, plain), ("strict", {"train.deterministic": True}, strict)):
+        config = tiny(packed, cache_dir, tmp_path / folder, changes)
+        train(config, local(config, record))
+    assert strict.column("deterministic") == [1.0] * 4
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert strict.column("train/loss") == plain.column("train/loss")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_deterministic_training_repeats_itself_on_a_gpu(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    losses = []
+    for folder in ("first", "second"):
+        config = tiny(packed, cache_dir, tmp_path / folder, {"train.deterministic": True, "train.precision": "auto"})
+        record = Record()
+        train(config, LocalContext(run_folder(config), torch.device("cuda"), [record]))
+        losses.append(record.column("train/loss"))
+    assert losses[0] == losses[1]
 
 
 def test_training_lowers_the_loss_and_beats_chance(packed: Path, cache_dir: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ UNSCIENTIFIC = (
     "tracking.",
     "data.cache",
     "train.checkpoint_s",
+    "train.deterministic",
     "train.grad_checkpointing",
 )
 """Keys (or beginnings of keys) that cannot change a result."""

@@ -102,6 +102,9 @@ class TrainConfig(Section):
     grad_checkpointing: bool = Field(
         default=False, description="keep only each block's input and compute it again: less memory, a third more time"
     )
+    deterministic: bool = Field(
+        default=False, description="on a GPU too, the same seed gives the same numbers: slower, as far as torch can"
+    )
     checkpoint_s: float = Field(default=60.0, ge=0, description="seconds between checkpoints; 0: after every epoch")
 
 

@@ -21,6 +21,7 @@ from meamtm.model.pretrained import borrow
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import Labels, check_origin, load_state, read_record, save
 from meamtm.training.context import Context, Stopped
+from meamtm.training.deterministic import deterministic
 from meamtm.training.evaluate import classify
 from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches
@@ -36,6 +37,11 @@ def train(config: RunConfig, context: Context) -> dict[str, float]:
 
     A finished run returns at once. Raises Stopped, after saving, when the context asks to stop.
     """
+    with deterministic(config.train.deterministic):
+        return _train(config, context)
+
+
+def _train(config: RunConfig, context: Context) -> dict[str, float]:
     set_up_heap(sparing=config.train.grad_checkpointing)
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     split = split_clips(clips, config.data)

@@ -1,0 +1,33 @@
+"""The same numbers from the same seed, also where a GPU adds in any order it likes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Has torch take deterministic kernels while the block runs, and warn of an operation that has none.
+
+    A CPU computes the same without it, on as many threads as before.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    memory, cudnn = torch.utils.deterministic, torch.backends.cudnn
+    was_on, was_lenient = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    filled, tried = memory.fill_uninitialized_memory, cudnn.benchmark
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # we read nothing that was not written
+    cudnn.benchmark = False  # another run might find another kernel the fastest
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=was_lenient)
+        memory.fill_uninitialized_memory, cudnn.benchmark = filled, tried
