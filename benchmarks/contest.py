@@ -65,19 +65,25 @@ def contest(
         runs = take_turns(script, chosen, shared | case, options.processes)
         rows += [{"case": label, "contender": name, **summary(runs[name])} for name in chosen]
         show(label, rows, reference, columns)
-    result = {"options": shared | {"processes": options.processes}, "rows": rows}
-    Path(script).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        result = {"options": shared | {"processes": options.processes}, "rows": rows}
+        Path(script).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def take_turns(
     script: str, names: Sequence[str], case: dict[str, Any], num_processes: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Runs every contender once, then every one again, so that all see the same machine."""
+    from rich.progress import Progress
+
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for _ in range(num_processes):
-        for name in names:
-            if not any("absent" in run for run in runs[name]):
-                runs[name].append(run(script, name, case))
+    with Progress(transient=True) as bar:
+        task = bar.add_task("", total=num_processes * len(names))
+        for _ in range(num_processes):
+            for name in names:
+                bar.update(task, description=name)
+                if not any("absent" in run for run in runs[name]):
+                    runs[name].append(run(script, name, case))
+                bar.advance(task)
     return runs
 
 
