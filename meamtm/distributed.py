@@ -10,8 +10,9 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
@@ -180,7 +181,8 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+            with _on_loopback():
+                ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ServiceError(
             f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a "
@@ -189,6 +191,19 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
     for number, handler in handlers.items():  # Ray has put its own in the place of ours
         if callable(handler) and current_thread() is main_thread():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Has a cluster that starts meanwhile listen to this machine alone, as Ray's own do on macOS and Windows; on Linux
+    Ray would listen to everybody."""
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def check_resources(scale: ScaleConfig) -> None:

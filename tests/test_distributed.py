@@ -1,8 +1,10 @@
 """A run on real Ray Train workers: same numbers as a plain one, mistakes told."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,26 @@ def test_an_address_that_does_not_answer_is_named() -> None:
     code = "from meamtm.distributed import connect; connect('127.0.0.1:9')"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert "ServiceError: scale.address=127.0.0.1:9: no Ray cluster answers there" in done.stderr
+
+
+LISTENERS = """
+import psutil
+from meamtm.distributed import connect
+connect(None)
+me = psutil.Process()
+for process in (me, *me.children(recursive=True)):
+    for connection in process.net_connections("inet"):
+        if connection.status == psutil.CONN_LISTEN:
+            print("listens", connection.laddr.ip)
+"""
+
+
+@pytest.mark.ray
+def test_a_cluster_of_ours_listens_to_this_machine_alone() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENERS], env=environment, capture_output=True, text=True, check=True
+    )
+    addresses = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("listens")]
+    assert len(addresses) > 5
+    assert all(ip_address(address.removeprefix("::ffff:")).is_loopback for address in addresses), addresses

@@ -255,6 +255,27 @@ def test_failed_trials_are_failures_everywhere_and_end_the_study(cluster, study)
 
 
 @pytest.mark.ray
+def test_a_study_outlives_trials_that_diverge_or_do_not_fit_into_memory(cluster, study):
+    settings = yaml.safe_load(study.read_text())
+    good, large = {"encoder.heads": 2, "encoder.head_dim": 8}, {"encoder.heads": 64, "encoder.head_dim": 256}
+    settings["space"] = {key: {"choice": [good[key], large[key]]} for key in good}
+    settings["space"]["optim.lr"] = {"choice": [1e-3, 10.0]}
+    settings["start"] = [good | {"optim.lr": 10.0}, large | {"optim.lr": 1e-3}, good | {"optim.lr": 1e-3}]
+    settings["set"] = {key: value for key, value in settings["set"].items() if key not in settings["space"]}
+    settings["set"] |= {"optim.name": "sgd", "optim.weight_decay": 1.0, "optim.clip_grad": 0, "train.batch_size": 5}
+    settings["set"] |= {"encoder.depth": 8}
+    study.write_text(yaml.safe_dump(settings | {"trials": 3, "asha": {"enabled": False}}))
+    plan = load_plan(study)
+    run_study(plan, lambda _: None)
+    assert [trial.state.name for trial in open_study(plan).trials] == ["FAIL", "FAIL", "COMPLETE"]
+    below = {str(run.info.run_name): run for run in recorded(plan)[plan.name]}
+    reasons = [below[f"trial-000{number}"].data.tags["error"] for number in (0, 1)]
+    assert re.match(r"train/loss is (nan|inf) at step \d+ of epoch \d; lower optim\.lr \(10\)", reasons[0]), reasons[0]
+    assert re.search(r"takes [\d,.]+ GB at training's peak, and there are", reasons[1]), reasons[1]
+    assert [below[f"trial-000{number}"].info.status for number in range(3)] == ["FAILED", "FAILED", "FINISHED"]
+
+
+@pytest.mark.ray
 def test_a_time_budget_ends_the_search(cluster, study):
     """Trials without a finished epoch, as on a busy machine, are left to a longer budget."""
     plan = load_plan(study, ["train.epochs=2000", "trials=2", "time_budget_s=10", "asha.enabled=false"])
