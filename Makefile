@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: quickstart test soak check bench clean
+.PHONY: quickstart test soak check audit bench clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "meamtm needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=/path/to/python3")'
@@ -23,8 +23,17 @@ test: $(STAMP)  ## every test, real Ray and MLflow included
 soak: $(STAMP)  ## processes and machines killed, again and again
 	@$(BIN)/python -m pytest -m faults
 
-check: $(STAMP)  ## lint, format, types
+check: $(STAMP) audit  ## lint, format, types, and what audit finds
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
+
+audit: $(STAMP)  ## known holes in the packages that are installed, where the network allows to ask
+	@said="$$($(BIN)/pip-audit --skip-editable --progress-spinner off 2>&1)"; code=$$?; \
+	case "$$said" in \
+		*requests.exceptions.*) echo "pip-audit: no network, so nothing was looked up";; \
+		*) echo "$$said" | grep -v "could not be audited"; \
+			echo "$$(echo "$$said" | grep -c "could not be audited") packages are not known where they were looked up"; \
+			exit $$code;; \
+	esac
 
 bench: $(STAMP)  ## figures of this machine: a table on the screen, JSON beside the scripts
 	@for script in $(filter-out benchmarks/contest.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done

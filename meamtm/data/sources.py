@@ -10,7 +10,7 @@ import stat
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ SPLITS = ("train", "valid", "test")
 NUM_FOLDS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One clip before decoding."""
 
@@ -90,13 +90,16 @@ def assign_folds(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _deal_folds(num_folds: int, labels: list[str], groups: list[str]) -> Int16[np.ndarray, " clip"]:
-    from sklearn.model_selection import StratifiedGroupKFold  # takes a second to import
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes a second to import
 
+    # With groups it looks at one after the other, which takes minutes for a million clips, each on its own.
+    is_grouped = len(set(groups)) < len(groups)
+    kind = StratifiedGroupKFold if is_grouped else StratifiedKFold
     folds = np.zeros(len(labels), np.int16)
     with warnings.catch_warnings():
         # A class with fewer clips than folds is missing from some of them; splitting refuses it where that matters.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        deal = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0).split(folds, labels, groups)
+        deal = kind(num_folds, shuffle=True, random_state=0).split(folds, labels, groups if is_grouped else None)
         for fold, (_, held_out) in enumerate(deal, start=1):
             folds[held_out] = fold
     return folds
@@ -202,23 +205,21 @@ def _header(table: Path) -> set[str]:
         return set()
 
 
-def _read_table(table: Path, needed: set[str]) -> list[tuple[int, dict[str, str]]]:
-    """Rows of a CSV with their line numbers."""
+def _read_table(table: Path, needed: set[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields the rows of a CSV with their line numbers."""
     if not table.is_file():
         raise DataError(f"--manifest={table}: no such file; name a CSV with the columns {','.join(sorted(needed))}")
     if missing := needed - _header(table):
         raise DataError(f"{table}: has no column {', '.join(sorted(missing))}; it needs {','.join(sorted(needed))}")
-    rows = []
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             for row in reader:
                 if empty := [column for column in sorted(needed) if not row[column]]:
                     raise DataError(f"{table} line {reader.line_num}: {empty[0]} is empty; fill it in")
-                rows.append((reader.line_num, row))
+                yield reader.line_num, row
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot be read as a CSV in UTF-8 ({error}); save it as one") from error
-    return rows
 
 
 def _integer(row: Mapping[str, str], column: str, table: Path, line: int) -> int:
