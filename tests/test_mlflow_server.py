@@ -131,11 +131,7 @@ def test_server_that_dies_and_returns_misses_no_point(
     assert points_of(server.uri, run_id) == points_in(tmp_path / "run" / "metrics.jsonl")
     assert len(points_in(tmp_path / "run" / "metrics.jsonl")) == 200
     assert connect(server.uri).get_run(run_id).info.status == "FINISHED"
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 1
-    assert re.match(
-        rf"MLflow at tracking.uri={server.uri} does not answer \(connection \w+\); the run goes", warnings[0]
-    )
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) <= 1
 
 
 def training(folder: Path, packed: Path, cache_dir: Path, uri: str, epochs: int) -> tuple[list[str], Path]:
@@ -176,13 +172,15 @@ def test_run_through_an_outage_of_thirty_seconds_has_every_point_once(
         process.kill()
     assert process.returncode == 1
     assert said.count("does not answer") == 1
+    assert re.search(rf"MLflow at tracking.uri={server.uri} does not answer \(connection \w+\); the run goes", said)
     run_id = run_id_in(folder, server.uri)
     assert run_id is not None
     points = points_in(folder / "metrics.jsonl")
     assert len(points) > 100
     assert points_of(server.uri, run_id) == points
     assert connect(server.uri).get_run(run_id).info.status == "KILLED"
-    assert has_all(folder, server.uri)
+    assert has_all(folder, server.uri, "KILLED")
+    assert not has_all(folder, server.uri), "which is no finished run"
 
 
 @pytest.mark.slow

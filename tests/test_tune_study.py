@@ -310,7 +310,7 @@ def test_a_finished_study_is_sent_to_a_server_that_lacks_it(finished_study, tmp_
                 points_of(str(each.base.tracking.uri), one.info.run_id) for each, one in ((source, known), (plan, run))
             ]
             assert points[0] == points[1]
-    assert is_recorded(plan)
+    assert is_recorded(plan, finished_study.result)
 
 
 @pytest.mark.ray

@@ -13,7 +13,7 @@ import ray.tune
 from meamtm.config import from_flat
 from meamtm.errors import ServiceError
 from meamtm.tracking import MLflowSink, Status
-from tune.history import judge, point_of, trained
+from tune.history import Outcome, judge, point_of, trained
 from tune.plan import Plan
 from tune.report import describe
 from tune.runs import end_all, end_child, start_child
@@ -73,14 +73,14 @@ class Recorder(ray.tune.Callback):
             return
         known, run = self.search.known(trial.trial_id), from_flat(trial.config["run"])
         try:
-            sink = start_child(self.parent, known, run, self.tags)
+            sink = start_child(self.parent, known, run, self.tags, from_step=known.last_step or 0)
         except ServiceError as error:
             logger.warning("%s is not in MLflow yet: %s", run.name, error)
             return
         self.sinks[trial.trial_id] = sink
         self.search.note(trial.trial_id, "mlflow_run_id", str(sink.run_id))
 
-    def _end(self, trial: Any, outcome: str) -> None:
+    def _end(self, trial: Any, outcome: Outcome) -> None:
         known = self.search.known(trial.trial_id)
         error = known.user_attrs.get("error", "") if outcome == "failed" else ""
         if sink := self.sinks.pop(trial.trial_id, None):

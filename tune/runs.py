@@ -3,19 +3,22 @@
 import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meamtm.config import RunConfig, flatten, signature
+from meamtm.config import RunConfig, Value, flatten, run_name, signature
 from meamtm.errors import ServiceError
-from meamtm.tracking import MEMO, MLflowSink, Status, has_all, resolve_uri
-from tune.history import OUTCOMES, point_of, trained
+from meamtm.tracking import MLflowSink, Status, has_all, resolve_uri, warn_of_rest
+from tune.history import OUTCOMES, Outcome, point_of, trained
 from tune.plan import Plan
+from tune.result import Result
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
 logger = logging.getLogger(__name__)
+ENDS: dict[Outcome, Status] = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
 CLOSE_WAIT_S = 4.0
 """A study that is told to stop has ten seconds for everything; what a slow server misses is sent when it resumes."""
 
@@ -35,7 +38,9 @@ def start_parent(plan: Plan, run_id: str | None, tags: Mapping[str, str]) -> MLf
     return sink
 
 
-def start_child(parent: MLflowSink, trial: "FrozenTrial", run: RunConfig, tags: Mapping[str, str]) -> MLflowSink:
+def start_child(
+    parent: MLflowSink, trial: "FrozenTrial", run: RunConfig, tags: Mapping[str, str], from_step: int
+) -> MLflowSink:
     """Opens a trial's MLflow run below the study's, or continues it; raises ServiceError where nobody answers."""
     from meamtm.training.run import run_folder
 
@@ -44,39 +49,49 @@ def start_child(parent: MLflowSink, trial: "FrozenTrial", run: RunConfig, tags: 
         parent.uri, parent.experiment, run.name, parent_run_id=parent.run_id, folder=folder, close_wait_s=CLOSE_WAIT_S
     )
     tags = {**tags, "signature": signature(run), "optuna.trial": str(trial.number), "folder": str(folder)}
-    sink.start(flatten(run), tags, from_step=trial.last_step or 0)
+    sink.start(flatten(run), tags, from_step=from_step)
     return sink
 
 
-def end_child(sink: MLflowSink, outcome: str, error: str) -> None:
+def end_child(sink: MLflowSink, outcome: Outcome, error: str) -> None:
     """Ends a trial's MLflow run truthfully."""
     sink.tag({"outcome": outcome, **({"error": error} if error else {})})
-    sink.close("FAILED" if outcome == "failed" else "FINISHED")
+    sink.close(ENDS[outcome])
 
 
-def is_recorded(plan: Plan) -> bool:
-    """Whether MLflow, where it is wanted, has taken all of a study and of the trials that it knows of."""
+def is_recorded(plan: Plan, done: Result) -> bool:
+    """Whether MLflow, where it is wanted, has taken all of a finished study, its trials and the best one's run."""
     if not plan.base.tracking.mlflow:
         return True
     uri = resolve_uri(plan.base.tracking)
-    return all(has_all(memo.parent, uri) for memo in (plan.folder / MEMO, *plan.folder.glob(f"trials/*/{MEMO}")))
+    ends: dict[Path, Status] = {plan.folder: "FINISHED", Path(done.run_folder): "FINISHED"}
+    for row in done.rows:
+        if row.state in OUTCOMES:
+            ends[_trial_folder(plan, row.number, row.point)] = ENDS[OUTCOMES[row.state]]
+    return all(has_all(folder, uri, end) for folder, end in ends.items() if folder.exists())
 
 
 def send_trials(plan: Plan, study: "Study", parent: MLflowSink, tags: Mapping[str, str]) -> None:
     """Sends what MLflow has not taken of trials that have ended; one that is still away costs a warning."""
-    from meamtm.training.run import absolute, run_folder
+    from meamtm.training.run import absolute
 
     for trial in trained(study):
-        run = absolute(plan.trial(trial.number, point_of(trial)))
-        if has_all(run_folder(run), parent.uri):
+        point, outcome = point_of(trial), OUTCOMES[trial.state.name]
+        folder = _trial_folder(plan, trial.number, point)
+        if not folder.exists() or has_all(folder, parent.uri, ENDS[outcome]):
             continue
+        run = absolute(plan.trial(trial.number, point))
         try:
-            sink = start_child(parent, trial, run, tags)
+            sink = start_child(parent, trial, run, tags, from_step=run.train.epochs)
         except ServiceError as error:
-            logger.warning("%s; it lacks a part of %s, which the same command sends later", error, run.name)
+            warn_of_rest(run.name, error)
             return
-        outcome = OUTCOMES[trial.state.name]
         end_child(sink, outcome, trial.user_attrs.get("error", "") if outcome == "failed" else "")
+
+
+def _trial_folder(plan: Plan, number: int, point: Mapping[str, Value]) -> Path:
+    run = plan.trial(number, point)
+    return Path(run.runs_dir).resolve() / run_name(run)
 
 
 def end_all(sinks: Iterable[MLflowSink], status: Status) -> None:

@@ -6,10 +6,12 @@ without starting Ray."""
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meamtm.config import RunConfig, differences, override, write_yaml
-from meamtm.errors import ConfigError, ServiceError
+from meamtm.errors import ConfigError, MeamtmError
+from meamtm.tracking import warn_of_rest
 from meamtm.training.lock import held
 from tune.history import best, open_study, point_of, requeue, rows, trained
 from tune.interrupt import interruptible
@@ -33,8 +35,9 @@ def run_study(plan: Plan, tell: Tell) -> Result:
     Raises KeyboardInterrupt when told to stop, after ending every MLflow run; the next call continues. BusyError while
     another process runs the study."""
     if (done := read_result(plan)) is not None and done.covers(plan.config):
-        if not is_recorded(plan):
-            _complete_record(plan, done)
+        if not is_recorded(plan, done):
+            with interruptible():
+                _complete_record(plan, done)
         return done
     with interruptible():
         tags = _check_data(plan)
@@ -66,20 +69,19 @@ def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
 
 
 def _complete_record(plan: Plan, done: Result) -> None:
-    """Sends MLflow what it has not taken of a finished study; one that is still away costs a warning."""
+    """Sends MLflow what it has not taken of a finished study; whatever prevents that costs a warning."""
     from meamtm.training.run import absolute, send_rest
 
-    study, tags = open_study(plan), _check_data(plan)
-    with held(plan.folder):
-        try:
-            parent = _open_parent(plan, study, tags)
-        except ServiceError as error:
-            logger.warning("%s; it lacks a part of %s, which the same command sends later", error, plan.name)
-            return
-        assert parent is not None, "nothing is missing where MLflow is not wanted"
-        with parent:
-            send_rest(absolute(best_config(plan, study.trials[done.best])))
-            _record(plan, study, done, parent, tags)
+    try:
+        with held(plan.folder):
+            study, tags = open_study(plan), _check_data(plan)
+            with (parent := _open_parent(plan, study, tags)) or nullcontext():
+                assert parent is not None, "nothing is missing where MLflow is not wanted"
+                _record(plan, study, done, parent, tags)
+            if Path(done.run_folder).exists():
+                send_rest(absolute(best_config(plan, study.trials[done.best])))
+    except MeamtmError as error:
+        warn_of_rest(plan.name, error)
 
 
 def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tell) -> Result:
@@ -116,7 +118,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
 def _record(plan: Plan, study: "Study", result: Result, parent: "MLflowSink", tags: Mapping[str, str]) -> None:
     """Shows in MLflow what the study found, and what MLflow has not taken of its trials."""
     parent.log({"best/value": result.best_row.value or 0.0, **(result.test or {})}, step=len(result.rows))
-    for path in (plan.folder / "best.yaml", plan.folder / "study.yaml", *sorted((plan.folder / "report").iterdir())):
+    for path in (plan.folder / "best.yaml", plan.folder / "study.yaml", *sorted((plan.folder / "report").glob("*"))):
         parent.artifact(path)
     send_trials(plan, study, parent, tags)
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from meamtm.config import TrackingConfig
 from meamtm.tracking.figures import confusion_figure, curves_figure, per_class, per_class_table
-from meamtm.tracking.memo import MEMO, has_all, run_id_in
+from meamtm.tracking.memo import has_all, run_id_in, warn_of_rest
 from meamtm.tracking.mlflow_sink import MLflowSink
 from meamtm.tracking.server import finish_orphans, hide_password, how_to_open, resolve_uri
 from meamtm.tracking.sink import JsonLines, Metrics, Sink, Sinks, Status, append_row, read_rows
 
 __all__ = [
-    "MEMO",
     "JsonLines",
     "MLflowSink",
     "Metrics",
@@ -34,6 +33,7 @@ __all__ = [
     "read_rows",
     "resolve_uri",
     "run_id_in",
+    "warn_of_rest",
 ]
 
 

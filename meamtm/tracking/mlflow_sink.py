@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -121,19 +122,28 @@ class MLflowSink:
         run, self._open = self._open, None
         if run is None:
             return
-        run.mailbox.put(Call(f"the end of run {run.run_id}", partial(run.client.set_terminated, run.run_id, status)))
+        has_ended = Event()
+
+        def end() -> None:
+            run.client.set_terminated(run.run_id, status)
+            has_ended.set()
+
+        run.mailbox.put(Call(f"the end of run {run.run_id}", end))
         left = run.mailbox.close(self._close_wait_s)
         if left:
             num_points = sum(isinstance(item, Point) for item in left)
             logger.warning(
                 "MLflow at tracking.uri=%s did not take the last %d points of run %s, which it shows as RUNNING; "
-                "metrics.jsonl has them all, and the same command sends them",
+                "the same command sends them",
                 hide_password(self.uri),
                 num_points,
                 run.run_id,
             )
-        elif self._folder is not None:
-            remember(self._folder, self.uri, run.run_id, status)
+        elif self._folder is not None and has_ended.is_set():  # it may have been refused
+            try:
+                remember(self._folder, self.uri, run.run_id, status)
+            except OSError as error:
+                logger.warning("%s: cannot be written (%s); all is sent once more", self._folder, explain(error))
         if self._spool is not None:
             shutil.rmtree(self._spool, ignore_errors=True)
 
@@ -160,10 +170,10 @@ class MLflowSink:
         if run.info.lifecycle_stage != "active":
             logger.warning("run %s was deleted on tracking.uri=%s; a new one begins", run_id, where)
             return None
-        insist(lambda: client.update_run(run_id, status="RUNNING"))
         for key in run.data.metrics:
             history = insist(lambda key=key: client.get_metric_history(run_id, key))
             self._known |= {(key, point.step, point.value) for point in history}
+        insist(lambda: client.update_run(run_id, status="RUNNING"))
         return run
 
     def _describe(self, params: Mapping[str, str], tags: Mapping[str, str], known: Mapping[str, str]) -> None:

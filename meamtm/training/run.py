@@ -16,7 +16,7 @@ from meamtm.data.cache import open_clips
 from meamtm.data.loader import Loader
 from meamtm.data.packed import read_card
 from meamtm.data.split import split_clips
-from meamtm.errors import ServiceError
+from meamtm.errors import MeamtmError
 from meamtm.model.memory import check_memory
 from meamtm.model.pretrained import Borrowed, borrow
 from meamtm.model.transformer import AudioTransformer
@@ -31,6 +31,7 @@ from meamtm.tracking import (
     per_class_table,
     read_rows,
     resolve_uri,
+    warn_of_rest,
 )
 from meamtm.training.checkpoint import Labels, check_origin, newest, read_record
 from meamtm.training.context import LocalContext, choose_device
@@ -137,20 +138,19 @@ def _check(config: RunConfig, *, is_new: bool) -> Borrowed | None:
 
 
 def send_rest(config: RunConfig) -> None:
-    """Sends MLflow what it has not taken of a finished run; a server that is still away costs a warning."""
+    """Sends MLflow what it has not taken of a finished run; whatever prevents that costs a warning."""
     folder = run_folder(config)
     if not config.tracking.mlflow or has_all(folder, resolve_uri(config.tracking)):
         return
-    with held(folder):
-        sink = open_mlflow(config.tracking, folder, run_name(config))
-        marks = tags(config) if sink.run_id is None else {}  # a run that is known has those of when it was trained
-        try:
+    try:
+        with held(folder):
+            sink = open_mlflow(config.tracking, folder, run_name(config))
+            marks = tags(config) if sink.run_id is None else {}  # a run that is known has those of when it was trained
             sink.start(flatten(config), marks, from_step=config.train.epochs)
-        except ServiceError as error:
-            logger.warning("%s; it lacks a part of %s, which the same command sends later", error, folder)
-            return
-        with sink:
-            _hand_over(folder, sink)
+            with sink:
+                _hand_over(folder, sink)
+    except MeamtmError as error:
+        warn_of_rest(folder, error)
 
 
 def _hand_over(folder: Path, sink: Sink | Sinks) -> None:
