@@ -1,6 +1,5 @@
 """A study's MLflow runs: its own, and below it one for each trial. Ray is not imported here."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-logger = logging.getLogger(__name__)
 ENDS: dict[Outcome, Status] = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
 CLOSE_WAIT_S = 4.0
 """A study that is told to stop has ten seconds for everything; what a slow server misses is sent when it resumes."""

@@ -3,7 +3,6 @@
 The study's folder is its only memory. The same command continues what was interrupted, and recognises what is done
 without starting Ray."""
 
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
     from meamtm.tracking import MLflowSink
 
-logger = logging.getLogger(__name__)
 Tell = Callable[[str], None]
 
 

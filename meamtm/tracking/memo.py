@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ def remember(folder: Path, uri: str, run_id: str, end: Status | None = None) -> 
     """Writes the memo, whole or not at all; `end` is how the run ended, once the server has taken all up to that."""
     folder.mkdir(parents=True, exist_ok=True)
     memo = {"uri": hide_password(uri), "run_id": run_id, "end": end}
-    scratch = folder / f".{MEMO}.{os.getpid()}"
+    scratch = folder / f".{MEMO}.part"
     scratch.write_text(json.dumps(memo), encoding="utf-8")
     scratch.replace(folder / MEMO)
 

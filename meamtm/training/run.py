@@ -1,7 +1,6 @@
 """One config -> a run folder with a trained, tested and recorded model, in this process."""
 
 import json
-import logging
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,8 +38,6 @@ from meamtm.training.evaluate import Evaluation, evaluate
 from meamtm.training.lock import held
 from meamtm.training.optim import make_optimizer
 from meamtm.training.train import train
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
