@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meamtm.errors import MeamtmError
+from meamtm.screen import leave_quickly
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -102,6 +103,7 @@ def list_jobs(address: Address = None) -> None:
 
 def main() -> None:
     """Runs a command; the user's mistakes become one line and exit code 2."""
+    leave_quickly()
     try:
         app()
     except MeamtmError as error:

@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from meamtm.errors import MeamtmError
-from meamtm.screen import EpochBar, bar, counting, stop_on_signal
+from meamtm.screen import bar, counting, epoch_bar, leave_quickly, run_bars, stop_on_signal
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from meamtm.config import RunConfig
+    from meamtm.crossval import CrossValidation
     from meamtm.inference.predict import Answer
     from meamtm.training.evaluate import Evaluation
 
@@ -42,6 +46,7 @@ def main() -> None:
     # Threads that spin long while they wait take the core from those that work, and those that do not spin at all
     # wake late for each small operation (docs/results.md). OpenMP reads this when torch is loaded, which is later.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    leave_quickly()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("meamtm").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):
@@ -137,7 +142,7 @@ def train(
         raise MeamtmError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out to begin")
     is_done = finished(settings) is not None
     with stop_on_signal() as should_stop, bar() as progress:
-        outcome = run(settings, (EpochBar(progress, settings.train.epochs),), should_stop)
+        outcome = run(settings, (epoch_bar(progress, settings.train.epochs),), should_stop)
     if is_done:
         typer.echo("this run is done; nothing was trained. Change a setting or `name` for another one.")
     if outcome.evaluation is not None:
@@ -157,6 +162,27 @@ def evaluate(
     from meamtm.training.evaluate import evaluate as test
 
     _print_evaluation(test(checkpoint, data, fold))
+
+
+@app.command()
+def crossval(
+    config: ConfigPath,
+    changes: Changes = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each fold, with seeds from train.seed on")] = 1,
+    folds: Annotated[str, typer.Option(help="folds to test, as 1,2; all by default")] = "",
+) -> None:
+    """Train and test on each fold in turn: mean and deviation; the same command again continues."""
+    from meamtm.config import load, parse_changes
+
+    settings = load(config, parse_changes(changes or []))  # before torch is loaded
+    chosen = _numbers("--folds", folds)
+    from meamtm.crossval import cross_validate, plan_runs
+
+    names = [f"fold {fold}, seed {seed}" for fold, seed in plan_runs(settings, chosen, seeds)]
+    with stop_on_signal() as should_stop, bar() as progress:
+        heard = run_bars(progress, names, settings.train.epochs)
+        result = cross_validate(settings, folds=chosen, num_seeds=seeds, heard=heard, should_stop=should_stop)
+    _print_crossval(result)
 
 
 @app.command()
@@ -234,16 +260,48 @@ def _num_labels(config: "RunConfig") -> int:
         return 10
 
 
-def _print_evaluation(evaluation: "Evaluation") -> None:
-    from meamtm.tracking import per_class
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word.strip()]
+    except ValueError as error:
+        raise MeamtmError(f"{option}={text}: not whole numbers; write them as 1,2") from error
 
+
+def _print_crossval(result: "CrossValidation") -> None:
+    import numpy as np
+
+    table = Table("fold", *(f"seed {seed}" for seed in result.seeds), "mean")
+    for fold in result.folds:
+        values = result.values(fold=fold)
+        table.add_row(str(fold), *(f"{value:.4f}" for value in values), f"{sum(values) / len(values):.4f}")
+    means = result.seed_means()
+    table.add_section()
+    table.add_row("mean", *(f"{value:.4f}" for value in means), f"{sum(means) / len(means):.4f}")
+    console.print(table)
+    if result.confusion is not None:
+        _print_per_class(np.array(result.confusion), result.classes)
+    figures = result.figures()
+    mean, std, std_of_seeds = (figures[f"crossval/{result.score}_{kind}"] for kind in ("mean", "std", "std_of_seeds"))
+    typer.echo(f"test {result.score} {mean:.4f} ± {std:.4f} over {len(result.rows)} runs")
+    if len(means) > 1:
+        typer.echo(f"a seed's mean over the folds varies by ± {std_of_seeds:.4f}")
+    typer.echo(f"folder      {result.folder}")
+
+
+def _print_evaluation(evaluation: "Evaluation") -> None:
     where = "all clips" if evaluation.fold is None else f"fold {evaluation.fold}"
     figures = (f"{key.removeprefix('test/')} {value:.4f}" for key, value in evaluation.metrics.items())
     typer.echo(f"test on {where}: {len(evaluation.clip_ids)} clips, {', '.join(figures)}")
     if evaluation.confusion is None:
         return
+    _print_per_class(evaluation.confusion, evaluation.classes)
+
+
+def _print_per_class(confusion: "NDArray[np.int64]", classes: "Sequence[str]") -> None:
+    from meamtm.tracking import per_class
+
     table = Table("class", "precision", "recall", "F1", "clips")
-    for row in per_class(evaluation.confusion, evaluation.classes):
+    for row in per_class(confusion, classes):
         scores = (f"{row[key]:.2f}" for key in ("precision", "recall", "f1"))
         table.add_row(str(row["class"]), *scores, f"{row['support']:g}")
     console.print(table)

@@ -1,15 +1,19 @@
-"""What a command shows while it works, and what it hears: progress bars, Ctrl-C and SIGTERM."""
+"""What a command shows while it works, what it hears, and how it ends: progress bars, Ctrl-C and SIGTERM."""
 
+import atexit
+import gc
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import MofNCompleteColumn, Progress, TaskID
+
+if TYPE_CHECKING:
+    from meamtm.tracking import Listener, Metrics
 
 
 @contextmanager
@@ -20,28 +24,38 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-class EpochBar:
-    """A sink that moves a progress bar or, where nobody watches one, writes a line per epoch."""
+def epoch_bar(progress: Progress, num_epochs: int, name: str = "training") -> "Listener":
+    """A sink that moves a bar of its own or, where nobody watches one, writes a line per epoch."""
+    from meamtm.tracking import Listener
 
-    def __init__(self, progress: Progress, num_epochs: int) -> None:
-        self._progress, self._task = progress, progress.add_task("training", total=num_epochs)
+    task = progress.add_task(name, total=num_epochs)
 
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
-        """Has nothing to prepare."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Shows the newest figures."""
+    def show(metrics: "Metrics", step: int) -> None:
         keys = [key for key in ("train/loss", "valid/accuracy", "valid/map") if key in metrics]
         shown = "  ".join(f"{key} {metrics[key]:.3f}" for key in keys)
-        self._progress.update(self._task, completed=step, description=shown or None)
-        if self._progress.disable and shown:
+        progress.update(task, completed=step, description=shown or None)
+        if progress.disable and shown:
             typer.echo(f"epoch {step}  {shown}", err=True)
 
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Shows no files."""
+    return Listener(show)
 
-    def close(self, status: str = "FINISHED") -> None:
-        """Ends with its bar."""
+
+def run_bars(progress: Progress, names: Sequence[str], num_epochs: int) -> "Callable[[int, Metrics, int], None]":
+    """A bar over all epochs of several runs and one for each run that is on its way, or a line per tenth of a run."""
+    total = progress.add_task(f"{len(names)} runs", total=len(names) * num_epochs)
+    tasks: dict[int, TaskID] = {}
+    done = dict.fromkeys(range(len(names)), 0)
+
+    def show(number: int, metrics: "Metrics", step: int) -> None:
+        if number not in tasks:
+            tasks[number] = progress.add_task(names[number], total=num_epochs)
+        done[number] = step
+        progress.update(tasks[number], completed=step, visible=step < num_epochs)
+        progress.update(total, completed=sum(done.values()))
+        if progress.disable and (step == num_epochs or step % max(1, num_epochs // 10) == 0):
+            typer.echo(f"{names[number]}: epoch {step}/{num_epochs}  train/loss {metrics['train/loss']:.3f}", err=True)
+
+    return show
 
 
 def bar() -> Progress:
@@ -69,3 +83,11 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_quickly() -> None:
+    """Has the process, when it ends, not look for garbage among what ends with it.
+
+    Of the half million objects that torch, Ray and MLflow leave, that takes 2 s on a slow core.
+    """
+    atexit.register(gc.freeze)

@@ -131,6 +131,7 @@ ANOTHER: dict[str, Any] = {
     "train.seed": 1,
     "train.ema_decay": 0.0,
     "train.precision": "bf16",
+    "train.keep": "best",
     "train.accumulation_steps": 2,
     "train.grad_checkpointing": True,
     "train.checkpoint_s": 0.0,

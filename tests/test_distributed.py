@@ -61,24 +61,30 @@ def test_an_address_that_does_not_answer_is_named() -> None:
     assert "ServiceError: scale.address=127.0.0.1:9: no Ray cluster answers there" in done.stderr
 
 
-LISTENERS = """
+OUR_CLUSTER = """
+import os, signal
 import psutil
-from meamtm.distributed import connect
+from meamtm.distributed import connect, disconnect
+signal.signal(signal.SIGTERM, lambda *_: print("hears SIGTERM", flush=True))
 connect(None)
 me = psutil.Process()
 for process in (me, *me.children(recursive=True)):
     for connection in process.net_connections("inet"):
         if connection.status == psutil.CONN_LISTEN:
             print("listens", connection.laddr.ip)
+os.kill(os.getpid(), signal.SIGTERM)
+disconnect()
+os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
 @pytest.mark.ray
-def test_a_cluster_of_ours_listens_to_this_machine_alone() -> None:
+def test_a_cluster_of_ours_listens_to_this_machine_alone_and_leaves_signals_to_us() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(
-        [sys.executable, "-c", LISTENERS], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", OUR_CLUSTER], env=environment, capture_output=True, text=True, check=True
     )
     addresses = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("listens")]
     assert len(addresses) > 5
     assert all(ip_address(address.removeprefix("::ffff:")).is_loopback for address in addresses), addresses
+    assert done.stdout.count("hears SIGTERM") == 2

@@ -18,17 +18,25 @@ from meamtm.training.context import Stopped
 from meamtm.training.run import run_folder
 from meamtm.training.train import train
 
-CHANGES = {"data.valid_fold": 2, "augment.noise_db": 10.0, "encoder.patchout": 0.2, "encoder.dropout": 0.1}
-"""All that is random is on."""
+CHANGES = {
+    "data.valid_fold": 2,
+    "augment.noise_db": 10.0,
+    "encoder.patchout": 0.2,
+    "encoder.dropout": 0.1,
+    "train.keep": "best",
+}
+"""All that is random is on, and so is what remembers an earlier epoch."""
 
 
 def assert_equal(first: Path, second: Path) -> None:
-    """Compares weights, averages and moments of two checkpoints bit for bit."""
+    """Compares kept weights, those in training, averages and moments of two checkpoints bit for bit."""
     for name, tensor in load_file(first / "model.safetensors").items():
         assert torch.equal(tensor, load_file(second / "model.safetensors")[name]), name
     states = load_state(first), load_state(second)
-    for name, tensor in states[0]["model"].items():
-        assert torch.equal(tensor, states[1]["model"][name]), name
+    for kind in ("model", "ema"):
+        for name, tensor in states[0][kind].items():
+            assert torch.equal(tensor, states[1][kind][name]), name
+    assert states[0].get("best") == states[1].get("best")
     for index, moments in states[0]["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(value, states[1]["optimizer"]["state"][index][name]), (index, name)

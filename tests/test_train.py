@@ -11,7 +11,7 @@ from meamtm.config import override
 from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
 from meamtm.data.synth import write_synth
-from meamtm.errors import CheckpointError, MeamtmError
+from meamtm.errors import CheckpointError, ConfigError, MeamtmError
 from meamtm.training.checkpoint import load_model, newest
 from meamtm.training.context import LocalContext, Stopped
 from meamtm.training.evaluate import evaluate
@@ -78,6 +78,24 @@ def test_a_finished_run_trains_no_more(packed: Path, cache_dir: Path, tmp_path: 
     assert train(config, local(config, second)) == metrics
     assert len(first.rows) == 4
     assert second.rows == []
+
+
+def test_the_best_epoch_is_kept_and_tested(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    changes = {"data.valid_fold": 2, "train.epochs": 8, "optim.lr": 3e-2, "train.ema_decay": 0, "train.keep": "best"}
+    config, record = tiny(packed, cache_dir, tmp_path, changes), Record()
+    metrics = train(config, local(config, record))
+    accuracy = record.column("valid/accuracy")
+    best = max(range(8), key=lambda epoch: (accuracy[epoch], epoch))
+    assert accuracy[best] > accuracy[-1], "the last is the best, and shows nothing"
+    assert (metrics["best/epoch"], metrics["best/accuracy"]) == (best + 1, accuracy[best])
+    assert evaluate(run_folder(config), fold=2).metrics["test/accuracy"] == accuracy[best]
+
+
+def test_without_clips_to_choose_on_no_epoch_is_the_best(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = tiny(packed, cache_dir, tmp_path, {"train.keep": "best"})
+    with pytest.raises(ConfigError, match=r"train.keep=best: no clip to choose the epoch on .* set data.valid_fold"):
+        run_here(config)
+    assert not any(run_folder(config).glob("*.*"))
 
 
 def test_asked_to_stop_it_saves_the_step_and_the_next_start_goes_on_from_it(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from meamtm.errors import ConfigError, MeamtmError
+from meamtm.screen import leave_quickly
 
 app = typer.Typer(
     add_completion=False,
@@ -30,6 +31,7 @@ Changes = Annotated[
 def main() -> None:
     """Runs the command: 0 done, 2 the user's mistake in one line, 1 anything else."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.cli.main
+    leave_quickly()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     words = sys.argv[1:]
     if words and words[0] not in ("report", "--help"):

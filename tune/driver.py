@@ -15,7 +15,7 @@ import ray.tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from meamtm.config import ScaleConfig
-from meamtm.distributed import check_resources, connect, uses_gpu
+from meamtm.distributed import check_resources, connect, disconnect, uses_gpu
 from meamtm.tracking import MLflowSink
 from tune.history import requeue, settle, trained
 from tune.plan import Plan
@@ -123,7 +123,7 @@ def _cluster(scale: ScaleConfig) -> Iterator[None]:
         yield
     finally:
         if mine:
-            ray.shutdown()
+            disconnect()
 
 
 @contextmanager

@@ -6,11 +6,11 @@ without starting Ray."""
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from meamtm.config import RunConfig, differences, override, write_yaml
 from meamtm.errors import ConfigError, MeamtmError
-from meamtm.tracking import warn_of_rest
+from meamtm.tracking import Listener, warn_of_rest
 from meamtm.training.lock import held
 from tune.history import best, open_study, point_of, requeue, rows, trained
 from tune.interrupt import interruptible
@@ -94,7 +94,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
     header = f"meamtm train {plan.config.studies_dir}/{plan.name}/best.yaml\n{found}"
     write_yaml(plan.folder / "best.yaml", differences(config), header)
     tell(f"trial {trial.number} is the best; it trains again, on train + validation, and is tested once")
-    outcome = run(config, [EpochLines(config.train.epochs, tell)])
+    outcome = run(config, [_epoch_lines(config.train.epochs, tell)])
     result = Result(
         study=plan.name,
         folder=str(plan.folder),
@@ -154,22 +154,11 @@ def _open_parent(plan: Plan, study: "Study", tags: Mapping[str, str]) -> "MLflow
     return parent
 
 
-class EpochLines:
+def _epoch_lines(epochs: int, tell: Tell) -> Listener:
     """A sink that tells the user about ten times how far a run is."""
 
-    def __init__(self, epochs: int, tell: Tell) -> None:
-        self.epochs, self.tell = epochs, tell
+    def show(metrics: Mapping[str, float | int], step: int) -> None:
+        if "train/loss" in metrics and (step == epochs or step % max(1, epochs // 10) == 0):
+            tell(f"epoch {step}/{epochs}  train/loss {metrics['train/loss']:.4f}")
 
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
-        """Needs no beginning."""
-
-    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        """Tells of some epochs."""
-        if "train/loss" in metrics and (step == self.epochs or step % max(1, self.epochs // 10) == 0):
-            self.tell(f"epoch {step}/{self.epochs}  train/loss {metrics['train/loss']:.4f}")
-
-    def artifact(self, path: Any, folder: str = "") -> None:
-        """Keeps no files."""
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Needs no end."""
+    return Listener(show)

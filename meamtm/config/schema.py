@@ -90,6 +90,10 @@ class TrainConfig(Section):
     ema_decay: float = Field(
         default=0.99, ge=0, lt=1, description="of the averaged weights that are evaluated and kept; 0: no averaging"
     )
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="which epoch's weights are kept and tested: the last one's, or those best on data.valid_fold",
+    )
     accumulation_steps: int = Field(
         default=1,
         ge=1,

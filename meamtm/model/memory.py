@@ -46,7 +46,7 @@ def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
                 logits = encoder(image)
             logits.float().logsumexp(1).sum().backward()
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in encoder.parameters())
-    kept_copies = 1 + MOMENTS + (config.train.ema_decay > 0)
+    kept_copies = 1 + MOMENTS + (config.train.ema_decay > 0) + (config.train.keep == "best")
     waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
     return count.peak_bytes + kept_copies * weight_bytes + waveform_bytes
 

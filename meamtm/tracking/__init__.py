@@ -6,14 +6,15 @@ it. Importing this package loads neither MLflow nor matplotlib; they come with t
 from pathlib import Path
 
 from meamtm.config import TrackingConfig
-from meamtm.tracking.figures import confusion_figure, curves_figure, per_class, per_class_table
+from meamtm.tracking.figures import confusion_figure, curves_figure, folds_figure, per_class, per_class_table
 from meamtm.tracking.memo import has_all, run_id_in, warn_of_rest
 from meamtm.tracking.mlflow_sink import MLflowSink
 from meamtm.tracking.server import finish_orphans, hide_password, how_to_open, resolve_uri
-from meamtm.tracking.sink import JsonLines, Metrics, Sink, Sinks, Status, append_row, read_rows
+from meamtm.tracking.sink import JsonLines, Listener, Metrics, Sink, Sinks, Status, append_row, read_rows
 
 __all__ = [
     "JsonLines",
+    "Listener",
     "MLflowSink",
     "Metrics",
     "Sink",
@@ -23,6 +24,7 @@ __all__ = [
     "confusion_figure",
     "curves_figure",
     "finish_orphans",
+    "folds_figure",
     "has_all",
     "hide_password",
     "how_to_open",

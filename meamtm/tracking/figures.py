@@ -5,7 +5,7 @@ matplotlib's objects are used directly: pyplot would keep every figure alive and
 import csv
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +96,27 @@ def curves_figure(rows: Sequence[Metrics], path: Path) -> "matplotlib.figure.Fig
     _draw_curves(right, rows, scores, "score")
     left.set_ylim(bottom=0)
     right.set_ylim(0, 1)
+    _save(figure, path)
+    return figure
+
+
+def folds_figure(by_fold: Mapping[int, Sequence[float]], score: str, path: Path) -> "matplotlib.figure.Figure":
+    """Draws each run's score by the fold that it was tested on, each fold's mean, and the mean of all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.4 + 0.7 * len(by_fold), 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    every = [value for values in by_fold.values() for value in values]
+    axes.axhline(float(np.mean(every)), color="tab:orange", linewidth=1.6, label=f"mean {np.mean(every):.3f}")
+    for place, values in enumerate(by_fold.values()):
+        axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.6, markersize=5)
+        axes.hlines(float(np.mean(values)), place - 0.25, place + 0.25, color="tab:blue", linewidth=1.6)
+    axes.set_xticks(range(len(by_fold)), [str(fold) for fold in by_fold])
+    axes.set_xlabel("test fold")
+    axes.set_ylabel(score)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
     _save(figure, path)
     return figure
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PARENT = "mlflow.parentRunId"
 ENTRIES_PER_REQUEST = 100
 LONGEST_PARAM = 6000
 LONGEST_TAG = 5000
@@ -104,6 +105,14 @@ class MLflowSink:
             marks = [RunTag(key, _shorten(hide_password(str(value)), LONGEST_TAG)) for key, value in tags.items()]
             for first in range(0, len(marks), ENTRIES_PER_REQUEST):
                 self._open.put("tags", tags=marks[first : first + ENTRIES_PER_REQUEST])
+
+    def adopt(self, run_ids: Sequence[str]) -> None:
+        """Puts in line that these runs are shown below this one."""
+        if self._open is None:
+            return
+        client, parent = self._open.client, self._open.run_id
+        for run_id in run_ids:
+            self._open.mailbox.put(Call(f"{PARENT} of {run_id}", partial(client.set_tag, run_id, PARENT, parent)))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Puts a copy of the file in line, in which passwords of URIs are hidden if it is text."""
@@ -185,7 +194,7 @@ class MLflowSink:
         entries = [Param(key, value) for key, value in params.items() if key not in known]
         for first in range(0, len(entries), ENTRIES_PER_REQUEST):
             self._open.put("params", params=entries[first : first + ENTRIES_PER_REQUEST])
-        parent = {"mlflow.parentRunId": self.parent_run_id} if self.parent_run_id is not None else {}
+        parent = {PARENT: self.parent_run_id} if self.parent_run_id is not None else {}
         self.tag({**changed, **tags, **parent})
 
     def _catch_up(self, from_step: int) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,26 @@ class Sink(Protocol):
     def close(self, status: Status = "FINISHED") -> None:
         """Ends the record with its true state; a second call does nothing."""
         ...
+
+
+class Listener:
+    """A sink that keeps nothing, and passes each epoch's metrics on: to a progress bar, or to lines of text."""
+
+    def __init__(self, heard: Callable[[Metrics, int], None]) -> None:
+        self._heard = heard
+
+    def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
+        """Has nothing to prepare."""
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Passes on what was measured at a step."""
+        self._heard(metrics, step)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Keeps no files."""
+
+    def close(self, status: Status = "FINISHED") -> None:
+        """Ends nothing."""
 
 
 class Sinks:

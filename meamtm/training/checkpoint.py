@@ -163,7 +163,7 @@ def load_model(folder: Path | str) -> Saved:
         config = load(folder / "config.yaml")
         labels = read_labels(folder)
         model = AudioTransformer(config, len(labels.classes))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(load_weights(folder))
     except (ConfigError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # torch lists every weight on a line of its own
         raise CheckpointError(f"{folder}: its weights and its config do not fit ({reason})") from error
@@ -190,6 +190,11 @@ def check_origin(folder: Path, labels: Labels, data_path: str) -> None:
             f"{folder} was trained on other data than {data_path!r} (digest {found.digest}, not {labels.digest}); "
             f"set another name, or remove that run folder"
         )
+
+
+def load_weights(folder: Path, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """Reads the weights that a checkpoint is for."""
+    return load_file(folder / "model.safetensors", device=str(device or "cpu"))
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from meamtm.data.cache import open_clips
 from meamtm.data.loader import Loader
 from meamtm.data.packed import read_card
 from meamtm.data.split import split_clips
-from meamtm.errors import MeamtmError
+from meamtm.errors import ConfigError, MeamtmError
 from meamtm.model.memory import check_memory
 from meamtm.model.pretrained import Borrowed, borrow
 from meamtm.model.transformer import AudioTransformer
@@ -124,7 +124,13 @@ def open_record(config: RunConfig) -> Iterator[Sinks]:
 def _check(config: RunConfig, *, is_new: bool) -> Borrowed | None:
     """Makes what training makes, to see whether folds, batches, bands, optimizer and a new run's weights can be had."""
     clips = open_clips(config.data, config.mel.sample_rate_hz)
-    indices = split_clips(clips, config.data).train
+    split = split_clips(clips, config.data)
+    indices = split.train
+    if config.train.keep == "best" and len(split.valid) == 0:
+        raise ConfigError(
+            f"train.keep=best: no clip to choose the epoch on (data.valid_fold={config.data.valid_fold}); set "
+            f"data.valid_fold to a fold that is not the test fold, or train.keep=last"
+        )
     world_size = max(config.scale.most_workers, 1)
     Loader(clips, indices, config.clip_samples, config.train.batch_size, seed=0, train=True, world_size=world_size)
     if config.scale.most_workers == 0:

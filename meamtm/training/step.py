@@ -41,6 +41,16 @@ class Average(ModelEmaV3):
             count.copy_(newer)
 
 
+@dataclass(frozen=True)
+class Best:
+    """The weights of the epoch that validated best so far."""
+
+    epoch: int
+    value: float
+    """Of accuracy, or of mean average precision where clips have several labels."""
+    weights: dict[str, Tensor]
+
+
 @dataclass
 class Learner:
     """Weights in training, and all that moves with them; (epoch, batch) is the cursor of the next step."""
@@ -58,11 +68,18 @@ class Learner:
     batch: int = 0
     losses: list[Tensor] = field(default_factory=list)
     """Sum of this rank's clip losses, one entry per step of the epoch."""
+    best: Best | None = None
+    """With `train.keep=best`, once an epoch is validated."""
 
     @property
     def evaluated(self) -> AudioTransformer:
-        """The weights that are validated and kept: the averaged ones where there are any."""
+        """What is validated: the averaged weights where there are any."""
         return self.ema.module if self.ema is not None else self.model  # type: ignore[return-value]
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """The weights that a checkpoint is for."""
+        return self.best.weights if self.best is not None else self.evaluated.state_dict()
 
 
 def make_learner(

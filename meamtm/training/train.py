@@ -19,13 +19,13 @@ from meamtm.data.split import Split, split_clips
 from meamtm.errors import MeamtmError
 from meamtm.model.pretrained import borrow
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.checkpoint import Labels, check_origin, load_state, read_record, save
+from meamtm.training.checkpoint import Labels, check_origin, load_state, load_weights, read_record, save
 from meamtm.training.context import Context, Stopped
 from meamtm.training.deterministic import deterministic
 from meamtm.training.evaluate import classify
 from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches
-from meamtm.training.step import Learner, make_learner, set_up_heap, settle_objects, train_step
+from meamtm.training.step import Best, Learner, make_learner, set_up_heap, settle_objects, train_step
 
 logger = logging.getLogger(__name__)
 NUM_MEASURED = 512
@@ -72,6 +72,8 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
                     f"stopped after {learner.epoch} epochs and {learner.batch} batches; the same command continues"
                 )
         metrics = _finish_epoch(learner, len(split.train)) | _validate(learner, clips, split.valid, context)
+        if config.train.keep == "best":
+            metrics |= _keep_best(learner, metrics)
         metrics["time/epoch_s"] = time.monotonic() - began_s
         is_last = learner.epoch == config.train.epochs
         is_due = _agreed(is_last or time.monotonic() - last_save_s >= config.train.checkpoint_s, learner)
@@ -131,6 +133,8 @@ def _resume(learner: Learner, context: Context, labels: Labels) -> dict[str, flo
         learner.ema.module.load_state_dict(state["ema"])
     learner.epoch, learner.batch = record["epoch"], record["batch"]
     learner.losses = [loss * (context.rank == 0) for loss in state["losses"]]  # of all ranks, so one has them
+    if "best" in state:
+        learner.best = Best(**state["best"], weights=load_weights(folder, context.device))
     logger.info("continuing %s after epoch %d", signature(learner.config), learner.epoch)
     return dict(record["metrics"])
 
@@ -142,8 +146,10 @@ def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Pat
         "ema": learner.ema.module.state_dict() if learner.ema is not None else {},
         "losses": learner.losses,
     }
+    if learner.best is not None:
+        state["best"] = {"epoch": learner.best.epoch, "value": learner.best.value}
     cursor = (learner.epoch, learner.batch)
-    return save(learner.config, labels, learner.evaluated.state_dict(), state, metrics, cursor=cursor)
+    return save(learner.config, labels, learner.kept, state, metrics, cursor=cursor)
 
 
 def _finish_epoch(learner: Learner, num_clips: int) -> dict[str, float]:
@@ -180,6 +186,16 @@ def _validate(learner: Learner, clips: Clips, indices: NDArray[np.int64], contex
     )
     values = scores(probability, target, multi_label=clips.multi_label)
     return {f"valid/{name}": value for name, value in values.items()}
+
+
+def _keep_best(learner: Learner, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Takes the epoch's weights if none before validated better; of equals the later has learnt more."""
+    name = "map" if learner.multi_label else "accuracy"
+    value = metrics[f"valid/{name}"]
+    if learner.best is None or value >= learner.best.value:
+        weights = {key: weight.detach().clone() for key, weight in learner.evaluated.state_dict().items()}
+        learner.best = Best(learner.epoch, value, weights)
+    return {"best/epoch": float(learner.best.epoch), f"best/{name}": learner.best.value}
 
 
 def _agreed(answer: bool, learner: Learner) -> bool:

@@ -1,4 +1,4 @@
-"""A run on Ray Train workers: the only file of meamtm that imports Ray.
+"""A run on Ray Train workers.
 
 Ray brings up the processes, their process group and their restarts; what they execute is `train(config, context)`. A
 run's Ray name is its run folder's, so Ray's checkpoints are the run's and the same command continues it. Workers keep
@@ -8,22 +8,19 @@ them, since Ray loses the last reports of a worker that dies."""
 import logging
 import os
 import shutil
-import signal
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread, current_thread, main_thread
+from threading import Thread
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
-from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, run_name
+from meamtm.config import RunConfig, flatten, from_flat, run_name
 from meamtm.data.packed import read_card
-from meamtm.errors import ConfigError, MeamtmError, ServiceError
+from meamtm.distributed.cluster import ENVIRONMENT, check_resources, connect, uses_gpu
+from meamtm.errors import MeamtmError
 from meamtm.model.memory import check_memory
 from meamtm.tracking import Sink
 from meamtm.training.checkpoint import NUM_KEPT, newest
@@ -36,7 +33,6 @@ from meamtm.training.run import (
     finished,
     open_record,
     run_folder,
-    run_here,
     send_rest,
 )
 from meamtm.training.train import train
@@ -46,22 +42,7 @@ if TYPE_CHECKING:
     import ray.train.torch
 
 logger = logging.getLogger(__name__)
-CONNECT_S = 10.0
 GPU_STEPS = 16
-ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "GOMP_SPINCOUNT": "10000",  # as in cli.main
-}
-
-
-def run(
-    config: RunConfig, extra_sinks: Sequence[Sink] = (), should_stop: Callable[[], bool] = lambda: False
-) -> Outcome:
-    """Trains, tests and records a run where `scale` wants it: in this process, or on Ray Train workers."""
-    where = run_here if config.scale.most_workers == 0 else run_on_ray
-    return where(config, extra_sinks, should_stop)
 
 
 def run_on_ray(
@@ -166,70 +147,6 @@ class WorkerContext:
         return bool(answer.item())
 
 
-def connect(address: str | None = None, *, dashboard: bool = False) -> None:
-    """Joins the Ray cluster at `scale.address` or RAY_ADDRESS, or starts one on this machine; once per process."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if address is not None:
-        _check_answers(address)
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            with _on_loopback():
-                ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ServiceError(
-            f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a "
-            f"cluster with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
-        ) from error
-    for number, handler in handlers.items():  # Ray has put its own in the place of ours
-        if callable(handler) and current_thread() is main_thread():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Has a cluster that starts meanwhile listen to this machine alone, as Ray's own do on macOS and Windows; on Linux
-    Ray would listen to everybody."""
-    from ray._private import ray_constants
-
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def check_resources(scale: ScaleConfig) -> None:
-    """Refuses to wait forever for CPUs or GPUs that the cluster does not have."""
-    import ray
-
-    wanted = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
-    there = ray.cluster_resources()
-    for kind, per_worker in wanted.items():
-        if scale.least_workers * per_worker > there.get(kind, 0):
-            key, needed = f"scale.{kind.lower()}s_per_worker", scale.least_workers * per_worker
-            raise ConfigError(
-                f"scale.workers={scale.least_workers} x {key}={per_worker:g} needs {needed:g} {kind}, and the "
-                f"cluster has {there.get(kind, 0):g}; lower one of them"
-            )
-
-
-def uses_gpu(scale: ScaleConfig) -> bool:
-    """Tells whether workers get GPUs: where asked for, or where the cluster has some and nothing forbids it."""
-    import ray
-
-    if scale.device == "auto":
-        return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
-    return scale.device == "cuda"
-
-
 def _train_on_worker(flat: dict[str, Any]) -> dict[str, float] | str:
     config = from_flat(flat)
     torch.set_num_threads(config.scale.threads or max(1, int(config.scale.cpus_per_worker)))
@@ -266,22 +183,3 @@ def _mistake(error: BaseException) -> MeamtmError | None:
                 return seen
             seen = seen.__cause__ or getattr(seen, "cause", None)
     return None
-
-
-def _check_answers(address: str) -> None:
-    """Knocks at HOST:PORT or ray://HOST:PORT; `auto` and `local` are Ray's own words."""
-    if address in ("auto", "local"):
-        return
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    try:
-        with socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=CONNECT_S):
-            return
-    except (OSError, ValueError) as error:
-        raise ServiceError(
-            f"scale.address={address}: no Ray cluster answers there ({error}); check host and port, start one with "
-            f"`ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200]

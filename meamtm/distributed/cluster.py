@@ -1,0 +1,116 @@
+"""The Ray cluster that runs live on: one that is there, or one of this machine's own."""
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import current_thread, main_thread
+from urllib.parse import urlsplit
+
+from meamtm.config import ScaleConfig
+from meamtm.errors import ConfigError, ServiceError
+
+CONNECT_S = 10.0
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "GOMP_SPINCOUNT": "10000",  # as in cli.main
+}
+
+
+def connect(address: str | None = None, *, dashboard: bool = False) -> None:
+    """Joins the Ray cluster at `scale.address` or RAY_ADDRESS, or starts one on this machine; once per process."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if address is not None:
+        _check_answers(address)
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            with _on_loopback():
+                ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ServiceError(
+            f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a "
+            f"cluster with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
+        ) from error
+    for number, handler in handlers.items():  # Ray has put its own in the place of ours
+        if callable(handler) and current_thread() is main_thread():
+            signal.signal(number, handler)
+
+
+def disconnect() -> None:
+    """Leaves the cluster, and ends it if this process started it.
+
+    Ray then takes SIGTERM's handler away where Python does not see it; the process would die of the next one at once.
+    """
+    import ray
+
+    ray.shutdown()
+    if callable(handler := signal.getsignal(signal.SIGTERM)) and current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Has a cluster that starts meanwhile listen to this machine alone, as Ray's own do on macOS and Windows; on Linux
+    Ray would listen to everybody."""
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def check_resources(scale: ScaleConfig) -> None:
+    """Refuses to wait forever for CPUs or GPUs that the cluster does not have."""
+    import ray
+
+    wanted = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
+    there = ray.cluster_resources()
+    for kind, per_worker in wanted.items():
+        if scale.least_workers * per_worker > there.get(kind, 0):
+            key, needed = f"scale.{kind.lower()}s_per_worker", scale.least_workers * per_worker
+            raise ConfigError(
+                f"scale.workers={scale.least_workers} x {key}={per_worker:g} needs {needed:g} {kind}, and the "
+                f"cluster has {there.get(kind, 0):g}; lower one of them"
+            )
+
+
+def uses_gpu(scale: ScaleConfig) -> bool:
+    """Tells whether workers get GPUs: where asked for, or where the cluster has some and nothing forbids it."""
+    import ray
+
+    if scale.device == "auto":
+        return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    return scale.device == "cuda"
+
+
+def _check_answers(address: str) -> None:
+    """Knocks at HOST:PORT or ray://HOST:PORT; `auto` and `local` are Ray's own words."""
+    if address in ("auto", "local"):
+        return
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=CONNECT_S):
+            return
+    except (OSError, ValueError) as error:
+        raise ServiceError(
+            f"scale.address={address}: no Ray cluster answers there ({error}); check host and port, start one with "
+            f"`ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]

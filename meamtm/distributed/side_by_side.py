@@ -1,0 +1,148 @@
+"""Several runs at once, each a plain run in a process of its own, as many as a Ray cluster has room for."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, override
+from meamtm.data.packed import read_card
+from meamtm.distributed.cluster import check_resources, connect, uses_gpu
+from meamtm.distributed.workers import run_on_ray
+from meamtm.errors import MeamtmError
+from meamtm.model.memory import peak_training_bytes
+from meamtm.tracking import Listener, Metrics, read_rows
+from meamtm.training.context import Stopped
+from meamtm.training.notes import POLL_S, is_told_to_stop, stop_sign
+from meamtm.training.run import Outcome, absolute, finished, run_folder, run_here, send_rest
+
+LIBRARIES_BYTES = 700_000_000
+"""What a process with torch and MLflow holds before it trains."""
+
+Heard = Callable[[int, Metrics, int], None]
+"""Takes the number of a run, the metrics of one of its epochs and that epoch's number."""
+
+
+def run_all(
+    configs: Sequence[RunConfig], heard: Heard = lambda *_: None, should_stop: Callable[[], bool] = lambda: False
+) -> list[Outcome]:
+    """Trains, tests and records every run; those that are done only read their record.
+
+    Runs with workers of their own follow one another. Raises the first error of a run after asking the others to save
+    and stop, or Stopped when asked to; the same call continues.
+    """
+    configs = [absolute(config) for config in configs]
+    outcomes = {number: done for number, config in enumerate(configs) if (done := finished(config)) is not None}
+    for number in outcomes:
+        send_rest(configs[number])
+    todo = {number: config for number, config in enumerate(configs) if number not in outcomes}
+    if len(todo) == 1 or any(config.scale.most_workers > 0 for config in todo.values()):
+        for number, config in todo.items():
+            outcomes[number] = _run_alone(number, config, heard, should_stop)
+    elif todo:
+        outcomes |= _run_side_by_side(todo, heard, should_stop)
+    return [outcomes[number] for number in range(len(configs))]
+
+
+def _run_alone(number: int, config: RunConfig, heard: Heard, should_stop: Callable[[], bool]) -> Outcome:
+    where = run_here if config.scale.most_workers == 0 else run_on_ray
+    listener = Listener(lambda metrics, step: heard(number, metrics, step) if "train/loss" in metrics else None)
+    return where(config, [listener], should_stop)
+
+
+def _run_side_by_side(
+    todo: Mapping[int, RunConfig], heard: Heard, should_stop: Callable[[], bool]
+) -> dict[int, Outcome]:
+    import ray
+    from ray.exceptions import RayError
+
+    scale = next(iter(todo.values())).scale
+    connect(scale.address)
+    check_resources(scale.model_copy(update={"workers": 1}))
+    options = _share(todo, scale)
+    task = ray.remote(**options)(_run_in_task)
+    threads = scale.threads or max(1, int(options["num_cpus"]))
+    outcomes: dict[int, Outcome] = {}
+    with ExitStack() as stack:
+        signs = [stack.enter_context(stop_sign(run_folder(config))) for config in todo.values()]
+        waiting = {
+            task.remote(flatten(override(config, {"scale.threads": threads}))): number
+            for number, config in todo.items()
+        }
+        ears = {number: _Ear(number, config, heard) for number, config in todo.items()}
+        trouble: BaseException | None = None
+        while waiting:
+            if trouble is None and should_stop():
+                trouble = Stopped("stopped; the same command continues")
+            if trouble is not None:
+                for config, sign in zip(todo.values(), signs, strict=True):
+                    if run_folder(config).exists():
+                        sign.touch()
+            ready, _ = ray.wait(list(waiting), timeout=POLL_S)
+            for reference in ready:
+                number = waiting.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except RayError as error:
+                    trouble = trouble or _mistake(error)
+                    continue
+                if isinstance(result, Outcome):
+                    outcomes[number] = result
+            for ear in ears.values():
+                ear.listen()
+    if trouble is not None:
+        raise trouble
+    return outcomes
+
+
+def _run_in_task(flat: dict[str, Any]) -> Outcome | str:
+    config = from_flat(flat)
+    folder = run_folder(config)
+    try:
+        if is_told_to_stop(folder):
+            raise Stopped("stopped before it began")
+        return run_here(config, should_stop=lambda: is_told_to_stop(folder))
+    except Stopped as stop:  # which Ray must not take for a failure
+        return str(stop)
+
+
+def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
+    """Gives each run an equal share of the cluster's processors, `scale.cpus_per_worker` at least, and its memory."""
+    import ray
+
+    there = ray.cluster_resources()
+    even = math.floor(there.get("CPU", 0) / len(todo))
+    config = max(todo.values(), key=lambda config: config.train.batch_size)
+    needed = peak_training_bytes(config, len(read_card(config.data.path).classes)) + LIBRARIES_BYTES
+    use_gpu = uses_gpu(scale)
+    return {
+        "num_cpus": max(scale.cpus_per_worker, even),
+        "num_gpus": scale.gpus_per_worker if use_gpu else 0,
+        "memory": 0 if use_gpu else min(needed, int(there.get("memory", 0))),
+        "max_retries": scale.max_failures,  # of a process or node that dies; what a run raises is not tried again
+        "runtime_env": {"env_vars": {"GOMP_SPINCOUNT": "10000"}},
+    }
+
+
+def _mistake(error: BaseException) -> BaseException:
+    """Finds what a run has raised inside what Ray made of it."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, MeamtmError) else error
+
+
+class _Ear:
+    """Hears of a run's epochs from the record in its folder, wherever it runs."""
+
+    def __init__(self, number: int, config: RunConfig, heard: Heard) -> None:
+        self._number, self._path, self._heard = number, run_folder(config) / "metrics.jsonl", heard
+        self._size_bytes, self._step = 0, 0
+
+    def listen(self) -> None:
+        """Passes on what is new."""
+        if not self._path.exists() or (size_bytes := self._path.stat().st_size) == self._size_bytes:
+            return
+        self._size_bytes = size_bytes
+        for row in read_rows(self._path):
+            if "train/loss" in row and row["step"] > self._step:
+                self._step = int(row["step"])
+                self._heard(self._number, row, self._step)

@@ -1,0 +1,200 @@
+"""Every fold tested by models that have not heard it: the plan, the result, what a second call and a stop do."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+from command import meamtm_command
+from tiny import tiny
+
+from meamtm.config import flatten, override, write_yaml
+from meamtm.crossval import CrossValidation, cross_validate, crossval_folder, plan_runs
+from meamtm.data.cache import open_clips
+from meamtm.data.pack import pack
+from meamtm.data.split import split_clips
+from meamtm.errors import DataError
+from meamtm.tracking import read_rows
+from meamtm.tracking.server import connect
+from meamtm.training.context import Stopped
+from meamtm.training.run import run_folder, run_here
+
+SHORT = {"train.epochs": 2, "train.checkpoint_s": 60}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster of two CPUs on this machine."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_each_clip_is_tested_once_per_seed_and_never_heard(
+    packed: Path, cache_dir: Path, tmp_path: Path, keep: str
+) -> None:
+    config = tiny(packed, cache_dir, tmp_path, {"train.keep": keep, "train.seed": 5, "data.valid_fold": 4})
+    runs = plan_runs(config, [], 2)
+    clips = open_clips(config.data, 8_000)
+    for seed in (5, 6):
+        splits = [split_clips(clips, run.data) for (_, own), run in runs.items() if own == seed]
+        assert sorted(clip for split in splits for clip in split.test.tolist()) == list(range(len(clips)))
+        for split in splits:
+            assert not set(split.test) & (set(split.train) | set(split.valid))
+            assert (len(split.valid) > 0) == (keep == "best")
+            assert len(split.train) + len(split.valid) + len(split.test) == len(clips)
+    assert len(runs) == len({run_folder(run) for run in runs.values()}) == 10
+
+
+def test_folds_that_do_not_exist_are_refused(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = tiny(packed, cache_dir, tmp_path)
+    with pytest.raises(DataError, match=r"--folds: .* has no fold 9; choose from 1, 2, 3, 4, 5"):
+        plan_runs(config, [1, 9], 1)
+
+
+def test_data_with_a_split_of_its_own_has_nothing_to_cross(sounds: Path, cache_dir: Path, tmp_path: Path) -> None:
+    files = sorted((sounds / "audio").glob("*.wav"))
+    lines = [f"audio/{file.name},{i % 2},{('train', 'valid', 'test')[i % 3]}" for i, file in enumerate(files)]
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("\n".join(["path,label,split", *lines]))
+    pack(sounds, tmp_path / "set", manifest)
+    with pytest.raises(DataError, match="has its own split; `meamtm train` tests on that"):
+        plan_runs(tiny(tmp_path / "set", cache_dir, tmp_path), [], 1)
+
+
+@pytest.mark.ray
+def test_runs_side_by_side_find_what_each_finds_alone(
+    cluster: None, packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    tracking = {"tracking.mlflow": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    config = tiny(packed, cache_dir, tmp_path / "runs", {**SHORT, **tracking})
+    heard: list[tuple[int, int]] = []
+    result = cross_validate(config, folds=[1, 3], num_seeds=2, heard=lambda run, _, step: heard.append((run, step)))
+    assert sorted(heard) == [(run, step) for run in range(4) for step in (1, 2)]
+    assert [(row.fold, row.seed) for row in result.rows] == [(1, 0), (3, 0), (1, 1), (3, 1)]
+
+    alone = override(config, {"runs_dir": str(tmp_path / "alone"), "data.test_fold": 3, "train.seed": 1})
+    evaluation = run_here(alone).evaluation
+    assert evaluation is not None
+    assert result.rows[3].metrics == pytest.approx(evaluation.metrics, abs=1e-6)
+
+    values = [row.metrics["test/accuracy"] for row in result.rows]
+    figures = result.figures()
+    assert figures["crossval/accuracy_mean"] == pytest.approx(statistics.mean(values))
+    assert figures["crossval/accuracy_std"] == pytest.approx(statistics.stdev(values))
+    means = [(values[0] + values[1]) / 2, (values[2] + values[3]) / 2]
+    assert figures["crossval/accuracy_std_of_seeds"] == pytest.approx(statistics.stdev(means))
+    assert result.confusion is not None
+    assert sum(map(sum, result.confusion)) == 4 * 20
+
+    folder = crossval_folder(config)
+    written = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert written == {"config.yaml", "confusion.png", "crossval.json", "folds.png", "mlflow.json", "per_class.csv"}
+    assert json.loads((folder / "crossval.json").read_text())["figures"] == figures
+    _check_mlflow(tmp_path, figures)
+
+
+def _check_mlflow(folder: Path, figures: dict[str, float]) -> None:
+    client = connect(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    parents = [run for run in runs if "-crossval-" in str(run.info.run_name)]
+    assert len(parents) == 1
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {key: parents[0].data.metrics[key] for key in figures} == pytest.approx(figures)
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert len(below) == 4
+
+
+@pytest.mark.ray
+def test_what_is_there_is_not_trained_again(cluster: None, packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = tiny(packed, cache_dir, tmp_path, SHORT)
+    first = cross_validate(config, folds=[1, 2])
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
+    assert cross_validate(config, folds=[1, 2]) == first
+    more = cross_validate(config, folds=[1, 2, 3])
+    assert more.rows[:2] == first.rows
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+@pytest.mark.ray
+def test_a_stop_saves_every_run_and_the_same_call_continues(
+    cluster: None, packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    config = tiny(packed, cache_dir, tmp_path / "whole", {"train.epochs": 30, "train.checkpoint_s": 60})
+    whole = cross_validate(config, folds=[1, 2, 3])
+    config = override(config, {"runs_dir": str(tmp_path / "parted")})
+    asked = count()
+    begun = lambda: any(tmp_path.glob("parted/*/metrics.jsonl")) and next(asked) > 1  # noqa: E731
+    with pytest.raises(Stopped, match="the same command continues"):
+        cross_validate(config, folds=[1, 2, 3], should_stop=begun)
+    assert not any(tmp_path.glob("parted/*/.stop"))
+    rows = [len(read_rows(path)) for path in tmp_path.glob("parted/*/metrics.jsonl")]
+    assert min(rows, default=0) < 30
+    parted = cross_validate(config, folds=[1, 2, 3])
+    assert [row.metrics for row in parted.rows] == [row.metrics for row in whole.rows]
+
+
+def test_the_command_prints_the_table_and_is_quick_when_it_is_done(
+    packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    config = tiny(packed, cache_dir, tmp_path / "runs", {**SHORT, "scale.workers": 0})
+    write_yaml(tmp_path / "run.yaml", flatten(config))
+    for fold in (1, 2):
+        run_here(override(config, {"data.test_fold": fold}))
+    shown = meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "1,2")
+    assert shown.code == 0, shown.err
+    result = json.loads((crossval_folder(config) / "crossval.json").read_text())
+    mean = result["figures"]["crossval/accuracy_mean"]
+    assert f"test accuracy {mean:.4f} ± " in shown.out
+    assert "over 2 runs" in shown.out
+    began_s = time.monotonic()
+    assert meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "1,2").out == shown.out
+    assert time.monotonic() - began_s < 2
+    wrong = meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "one")
+    assert (wrong.code, wrong.err) == (2, "meamtm: --folds=one: not whole numbers; write them as 1,2\n")
+
+
+@pytest.mark.ray
+def test_sigterm_to_the_command_ends_all_runs_as_killed(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    tracking = {"tracking.mlflow": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    config = tiny(packed, cache_dir, tmp_path / "runs", {"train.epochs": 3000, "train.checkpoint_s": 60, **tracking})
+    write_yaml(tmp_path / "run.yaml", flatten(config))
+    words = [sys.executable, "-m", "meamtm.cli", "crossval", str(tmp_path / "run.yaml"), "--folds", "1,2"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    deadline_s = time.monotonic() + 120
+    while len([path for path in tmp_path.glob("runs/*/metrics.jsonl") if path.stat().st_size]) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    began_s = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate()
+    assert time.monotonic() - began_s < 10
+    assert process.returncode == 1
+    assert "the same command continues" in said.splitlines()[-1]
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
+    assert len(list(tmp_path.glob("runs/*/epoch-*"))) >= 2
+
+
+def test_the_figures_of_one_run_have_no_deviation() -> None:
+    from meamtm.crossval import FoldRow
+
+    one = CrossValidation("x", ("a", "b"), (FoldRow(1, 0, "r", {"test/accuracy": 0.5}),), [[1, 0], [0, 1]])
+    assert one.figures() == {
+        "crossval/accuracy_mean": 0.5,
+        "crossval/accuracy_std": 0.0,
+        "crossval/accuracy_std_of_seeds": 0.0,
+    }
