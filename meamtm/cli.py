@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meamtm.errors import MeamtmError
-from meamtm.screen import bar, counting, epoch_bar, leave_quickly, run_bars, stop_on_signal
+from meamtm.screen import bar, counting, epoch_bar, leave_quickly, run_bars, steps, stop_on_signal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from meamtm.crossval import CrossValidation
     from meamtm.inference.predict import Answer
     from meamtm.training.evaluate import Evaluation
+
+
+class Dataset(StrEnum):
+    """Published data sets that `meamtm download` knows."""
+
+    ESC50 = "esc50"
+
 
 app = typer.Typer(
     add_completion=False,
@@ -78,6 +86,22 @@ def synth(
     with counting("writing sounds") as progress:
         write_synth(out, clips_per_class=clips_per_class, clip_s=clip_s, seed=seed, progress=progress)
     typer.echo(f"{10 * clips_per_class} clips of {clip_s:g} s, 10 classes, 5 folds: {out}")
+
+
+@app.command()
+def download(
+    dataset: Annotated[Dataset, typer.Argument(metavar="DATASET", help="esc50: 2,000 clips of 50 classes, 600 MB")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to make")],
+    source: Annotated[str | None, typer.Option("--from", help="its archive: a file, or another URL")] = None,
+) -> None:
+    """Download a published data set and read every clip of it; the same command again goes on."""
+    from meamtm.data.download import ESC50_URL, download_esc50
+
+    match dataset:
+        case Dataset.ESC50:
+            with steps() as progress:
+                num_clips = download_esc50(out, source or ESC50_URL, progress)
+    typer.echo(f"{num_clips:,} clips, all of them readable: {out}\nmeamtm pack {out} data/{dataset.value}")
 
 
 @app.command()

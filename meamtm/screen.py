@@ -24,6 +24,14 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+@contextmanager
+def steps() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Shows a bar for one step after the other and gives the function that moves it: (what, done, total or None)."""
+    with bar() as progress:
+        task = progress.add_task("", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
 def epoch_bar(progress: Progress, num_epochs: int, name: str = "training") -> "Listener":
     """A sink that moves a bar of its own or, where nobody watches one, writes a line per epoch."""
     from meamtm.tracking import Listener
