@@ -38,7 +38,7 @@ HOMES = {
 }
 """Heavy libraries, and the only files that may import them."""
 
-INSIDE_FUNCTIONS = ("mlflow",)
+INSIDE_FUNCTIONS = ("mlflow", "torchmetrics")
 """Libraries that no file may load merely by being imported."""
 
 

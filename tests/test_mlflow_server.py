@@ -240,14 +240,16 @@ with ThreadPoolExecutor(count) as pool:
 
 
 @pytest.mark.slow
-def test_two_hundred_runs_at_once_all_arrive_without_a_word(server: Server, tmp_path: Path) -> None:
-    """At a server whose store is one SQLite file, from four processes."""
+def test_two_hundred_runs_at_once_all_arrive_and_no_lock_is_heard_of(server: Server, tmp_path: Path) -> None:
+    """At a server whose store is one SQLite file, from four processes; on a slow machine it may miss an answer's time
+    limit, and a run then says that what it logs is kept."""
     words = [sys.executable, "-c", CROWD, server.uri, str(tmp_path)]
     crowd = [
         subprocess.Popen([*words, str(first), "50"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for first in (1, 51, 101, 151)
     ]
-    assert [process.communicate()[0] for process in crowd] == [""] * 4
+    said = [line for process in crowd for line in process.communicate()[0].splitlines()]
+    assert [line for line in said if "(timed out); the run goes on, and what it logs is kept" not in line] == []
     for number in range(1, 201):
         assert has_all(tmp_path / str(number), server.uri)
     for number in range(1, 201, 20):
