@@ -1,5 +1,6 @@
 """A job file becomes exactly the command that was meant, and a real cluster with token authentication runs it."""
 
+import json
 import os
 import re
 import secrets
@@ -32,6 +33,7 @@ from jobs.spec import JobConfig, conceal, find_address, is_this_machine, load_jo
 from meamtm.config import build, parse_changes
 from meamtm.data.pack import read_card
 from meamtm.errors import ConfigError, ServiceError
+from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect as connect_mlflow
 
 ROOT = Path(__file__).parents[1]
@@ -576,3 +578,25 @@ def assert_goes_on_after_ctrl_c(head: Head, job_id: str) -> None:
     assert f"{job_id} goes on; python -m jobs logs {job_id} --follow" in said
     assert "Traceback" not in said
     assert head.jobs("status", job_id).stdout == f"{job_id} RUNNING\n"
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_a_job_that_is_killed_goes_on_when_it_is_submitted_again(head: Head, packed: Path) -> None:
+    runs = head.folder / "killed"
+    words = ["submit", "configs/jobs/train.yaml", f"runs_dir={runs}", f"data.path={packed}", "name=killed"]
+    words += [f"data.cache_dir={head.folder}/cache", "data.clip_s=0.5", "mel.sample_rate_hz=8000", "train.epochs=60"]
+    words += ["encoder.stem_channels=[8,16]", "encoder.depth=1", "train.checkpoint_s=0", "mel.hop_ms=20"]
+    job_id = head.jobs(*words, "--no-wait").stdout.strip()
+    wait_for(lambda: any(runs.glob("*/epoch-*")), 120)
+    (folder,) = runs.iterdir()
+    os.kill(json.loads((folder / ".holder.json").read_text())["pid"], signal.SIGKILL)
+    wait_for(lambda: f"{job_id} FAILED" in head.jobs("status", job_id).stdout, 60)
+    epochs = len(read_rows(folder / "metrics.jsonl"))
+    assert 0 < epochs < 60
+    done = head.jobs(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    (run,) = [run for run in head.runs() if run.info.run_name == folder.name]
+    assert run.info.status == "FINISHED"

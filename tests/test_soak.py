@@ -1,4 +1,4 @@
-"""Fifty-five kills at random moments, and nothing to clean up by hand: the end is that of an undisturbed run."""
+"""Sixty-five kills at random moments, and nothing to clean up by hand: the end is that of an undisturbed run."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ from tune.plan import load_plan
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3_000)]
 ROOT = Path(__file__).parents[1]
-RUN_KILLS, STUDY_KILLS = 30, 25
+RUN_KILLS, STUDY_KILLS, REPORT_KILLS = 30, 25, 10
 
 
 def killed_again_and_again(words: list[str], num_kills: int, longest_s: float) -> subprocess.CompletedProcess[str]:
@@ -76,3 +76,10 @@ def test_a_study_whose_driver_is_killed_twenty_five_times_has_every_trial_once(
     assert all(sorted(trial.intermediate_values) == list(range(1, 41)) for trial in trials), "no epoch was lost"
     runs = recorded(plan)[plan.name]
     assert Counter(run.info.status for run in runs) == {"FINISHED": 24}
+
+    told = killed_again_and_again(["tune", "report", str(path)], REPORT_KILLS, longest_s=4)
+    assert told.returncode == 0, told.stderr
+    figures = sorted((plan.folder / "report").glob("*.png"))
+    assert figures
+    for figure in figures:
+        assert figure.read_bytes().endswith(b"IEND\xaeB`\x82"), f"{figure.name} is torn"
