@@ -4,8 +4,8 @@ The bare loop takes the very same model over waveforms, targets and masks that l
 loader, augmentation, mixing, averaging, gradient clipping, metrics, JSON lines, MLflow and a checkpoint per minute) is
 overhead. Steps alternate, one of ours and one bare, so that both see the same machine: what a virtual machine's
 neighbours take comes and goes within seconds. MLflow's deliveries, some 10 ms every 15 s, fall into either; all else
-that is not a bare step counts as ours. A process gives the ratio of its sums, without the first epoch; the figure is the
-median of several processes.
+that is not a bare step counts as ours. A process gives the ratio of its sums, without the first epoch; the figure is
+the median of several processes.
 
     python benchmarks/overhead.py [--config configs/esc10.yaml] [--epochs 16] [--data data/esc10] [--processes 5]
 """
