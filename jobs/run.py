@@ -17,7 +17,7 @@ def run(words: Sequence[str]) -> None:
     os.environ.setdefault("RAY_ADDRESS", "auto")
     stop_as_ctrl_c()
     match kind:
-        case "train" | "pack":
+        case "train" | "crossval" | "pack":
             from meamtm.cli import main
 
             sys.argv = ["meamtm", kind, *arguments]
@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> None:
 
             sys.argv = ["tune", *arguments]
         case _:
-            sys.exit(f"{kind}: no such kind of job; jobs are train, tune or pack")
+            sys.exit(f"{kind}: no such kind of job; jobs are train, crossval, tune or pack")
     main()
 
 

@@ -49,10 +49,13 @@ SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|KEY", re.IGNORECASE)
 class JobConfig(Section):
     """What to run on a cluster, and how."""
 
-    kind: Literal["train", "tune", "pack"] | None = Field(None, description="which command runs; every job names one")
+    kind: Literal["train", "crossval", "tune", "pack"] | None = Field(
+        None, description="which command runs; every job names one"
+    )
     name: str = Field("job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the job's ID")
-    config: str | None = Field(None, description="train: run file; tune: study file; inside working_dir")
+    config: str | None = Field(None, description="train, crossval: run file; tune: study file; inside working_dir")
     changes: tuple[str, ...] = Field((), description="KEY=VALUE words for the run or the study")
+    seeds: int = Field(1, ge=1, description="crossval: runs of each fold")
     source: str | None = Field(None, description="pack: folder of sounds")
     out: str | None = Field(None, description="pack: folder of the packed data set")
     manifest: str | None = Field(None, description="pack: CSV of paths and labels")
@@ -90,7 +93,7 @@ class JobConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind is None:
-            raise ValueError("kind=null: a job is of a kind; add a line kind: train, kind: tune or kind: pack")
+            raise ValueError("kind=null: a job is of a kind; add a line kind: train, crossval, tune or pack")
         needed = ("source", "out") if self.kind == "pack" else ("config",)
         foreign = ("config", "changes") if self.kind == "pack" else ("source", "out", "manifest")
         for key in needed:
@@ -99,6 +102,8 @@ class JobConfig(Section):
         for key in foreign:
             if getattr(self, key):
                 raise ValueError(f"{key}={getattr(self, key)!r}: kind={self.kind} does not use it; leave it out")
+        if self.seeds != 1 and self.kind != "crossval":
+            raise ValueError(f"seeds={self.seeds}: kind={self.kind} does not use it; leave it out")
         if self.address is not None and not self.address.startswith(("http://", "https://")):
             raise ValueError(
                 f"address={self.address!r} is not an http(s) address; name Ray's dashboard, such as {DEFAULT_ADDRESS}"
@@ -161,6 +166,8 @@ def prepare(job: JobConfig) -> Submission:
     home = job.home or (str(folder) if shared else None)
     with chdir(folder):
         words, env = _pack_words(job, home, shared) if job.kind == "pack" else _run_words(job, home, shared)
+    if job.kind == "crossval":
+        words += ["--seeds", str(job.seeds)]
     assert job.kind is not None, "JobConfig has checked it"
     python = job.python or (sys.executable if shared else "python")
     return Submission(

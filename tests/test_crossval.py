@@ -20,7 +20,7 @@ from meamtm.crossval import CrossValidation, cross_validate, crossval_folder, pl
 from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
 from meamtm.data.split import split_clips
-from meamtm.errors import DataError
+from meamtm.errors import DataError, MeamtmError
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
 from meamtm.training.context import Stopped
@@ -142,6 +142,16 @@ def test_a_stop_saves_every_run_and_the_same_call_continues(
     assert min(rows, default=0) < 30
     parted = cross_validate(config, folds=[1, 2, 3])
     assert [row.metrics for row in parted.rows] == [row.metrics for row in whole.rows]
+
+
+@pytest.mark.ray
+def test_the_mistake_of_a_run_is_told_as_it_is(cluster: None, packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    steep = {"optim.name": "sgd", "optim.lr": 10, "optim.clip_grad": 0, "optim.schedule": "constant", "optim.warmup": 0}
+    patches = {"encoder.stem": "patch", "encoder.patch": [8, 8], "encoder.stride": [8, 8]}
+    config = tiny(packed, cache_dir, tmp_path, {**steep, **patches, "train.epochs": 60})
+    with pytest.raises(MeamtmError, match=r"^train/loss is (nan|inf) at step \d of epoch \d+; lower optim.lr"):
+        cross_validate(config, folds=[1, 2])
+    assert not any(tmp_path.glob("*/.stop"))
 
 
 def test_the_command_prints_the_table_and_is_quick_when_it_is_done(

@@ -181,7 +181,11 @@ def test_a_null_variable_is_taken_from_here(project: Path, monkeypatch: pytest.M
     ("settings", "message"),
     [
         ({}, r"kind=null: a job is of a kind; add a line kind: train"),
-        ({"kind": "trian", "config": "run.yaml"}, r"kind='trian': input should be 'train', 'tune' or 'pack'"),
+        (
+            {"kind": "trian", "config": "run.yaml"},
+            r"kind='trian': input should be 'train', 'crossval', 'tune' or 'pack'",
+        ),
+        ({"kind": "train", "config": "run.yaml", "seeds": 3}, r"seeds=3: kind=train does not use it; leave it out"),
         ({"kind": "train"}, r"config=null: kind=train needs it; add a line config: PATH"),
         ({"kind": "pack", "source": "sounds"}, r"out=null: kind=pack needs it"),
         (
@@ -563,6 +567,21 @@ def test_a_stopped_study_leaves_no_run_running(head: Head, packed: Path) -> None
     states = [run.info.status for run in head.runs()]
     assert "RUNNING" not in states
     assert states.count("KILLED") >= 2  # the study and a trial
+
+
+@pytest.mark.ray
+def test_a_cross_validation_as_a_job_ends_with_its_table(head: Head, packed: Path) -> None:
+    words = ["submit", "configs/jobs/crossval.yaml", "seeds=2", f"runs_dir={head.folder}/crossed", "name=crossed"]
+    words += [f"data.path={packed}", f"data.cache_dir={head.folder}/cache", "data.clip_s=0.5", "mel.hop_ms=20"]
+    words += ["mel.sample_rate_hz=8000", "encoder.stem_channels=[8,16]", "encoder.depth=1", "train.epochs=2"]
+    done = head.jobs(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (head.folder / "crossed").glob("*-crossval-*")
+    result = json.loads((folder / "crossval.json").read_text())
+    assert {(row["fold"], row["seed"]) for row in result["rows"]} == {
+        (fold, seed) for fold in range(1, 6) for seed in (0, 1)
+    }
+    assert f"test accuracy {result['figures']['crossval/accuracy_mean']:.4f} ± " in done.stdout
 
 
 def assert_goes_on_after_ctrl_c(head: Head, job_id: str) -> None:

@@ -88,6 +88,8 @@ def _run_side_by_side(
                     continue
                 if isinstance(result, Outcome):
                     outcomes[number] = result
+                else:
+                    trouble = trouble or Stopped(result)
             for ear in ears.values():
                 ear.listen()
     if trouble is not None:
@@ -107,18 +109,22 @@ def _run_in_task(flat: dict[str, Any]) -> Outcome | str:
 
 
 def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
-    """Gives each run an equal share of the cluster's processors, `scale.cpus_per_worker` at least, and its memory."""
+    """Gives each run an equal share of the cluster's processors, `scale.cpus_per_worker` at least, and its memory.
+
+    Memory is reserved as far as a node has it; what cannot fit at all is refused by the run itself.
+    """
     import ray
 
-    there = ray.cluster_resources()
-    even = math.floor(there.get("CPU", 0) / len(todo))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {kind: max(node.get(kind, 0) for node in nodes) for kind in ("CPU", "memory")}  # no run is on two nodes
+    even = min(math.floor(ray.cluster_resources().get("CPU", 0) / len(todo)), int(most["CPU"]))
     config = max(todo.values(), key=lambda config: config.train.batch_size)
     needed = peak_training_bytes(config, len(read_card(config.data.path).classes)) + LIBRARIES_BYTES
     use_gpu = uses_gpu(scale)
     return {
         "num_cpus": max(scale.cpus_per_worker, even),
         "num_gpus": scale.gpus_per_worker if use_gpu else 0,
-        "memory": 0 if use_gpu else min(needed, int(there.get("memory", 0))),
+        "memory": 0 if use_gpu else min(needed, int(most["memory"])),
         "max_retries": scale.max_failures,  # of a process or node that dies; what a run raises is not tried again
         "runtime_env": {"env_vars": {"GOMP_SPINCOUNT": "10000"}},
     }
