@@ -1,6 +1,5 @@
 """The `meamtm` command. It alone prints, with `screen`; commands import what is heavy themselves, so help is quick."""
 
-import errno
 import io
 import logging
 import os
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from meamtm.errors import MeamtmError
+from meamtm.errors import FULL_DISK, MeamtmError
 from meamtm.screen import bar, counting, epoch_bar, leave_quickly, run_bars, steps, stop_on_signal
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A small folder of labelled sounds becomes a good classifier: pack, train, evaluate, predict.",
 )
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 console = Console(markup=False, highlight=False)  # names of files and classes may hold [brackets]
 Changes = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changed settings, as `meamtm show` names them")

@@ -1,6 +1,11 @@
 """The user's mistakes. Each message names the key, the value, the rule and the remedy; the commands print it as one
 line and exit with 2. Our own mistakes are assertions."""
 
+import errno
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk, a quota or a file that takes no more."""
+
 
 class MeamtmError(Exception):
     """Something that the user can put right."""

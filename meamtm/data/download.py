@@ -3,7 +3,6 @@
 What was fetched stays beside the folder until the whole archive is there, so the same call goes on where an earlier one
 was cut off. The folder appears when every clip in it was read."""
 
-import errno
 import json
 import shutil
 import stat
@@ -23,13 +22,12 @@ from meamtm import __version__
 from meamtm.data.audio import read_audio
 from meamtm.data.folder import whole_folder
 from meamtm.data.sources import find_clips
-from meamtm.errors import DataError, ServiceError
+from meamtm.errors import FULL_DISK, DataError, ServiceError
 
 ESC50_URL = "https://github.com/karolpiczak/ESC-50/archive/master.zip"
 ESC50_CLIPS = 2_000
 TABLE = "meta/esc50.csv"
 ANSWER_S, ATTEMPTS, PAUSE_S, CHUNK_BYTES = 30.0, 5, 2.0, 1 << 18
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LARGEST_BYTES = 4 << 30
 """ESC-50 unpacked takes a fifth of that."""
 

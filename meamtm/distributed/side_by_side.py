@@ -8,13 +8,13 @@ from typing import Any
 from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, override
 from meamtm.data.packed import read_card
 from meamtm.distributed.cluster import check_resources, connect, uses_gpu
-from meamtm.distributed.workers import run_on_ray
+from meamtm.distributed.workers import run
 from meamtm.errors import MeamtmError
 from meamtm.model.memory import peak_training_bytes
 from meamtm.tracking import Listener, Metrics, read_rows
 from meamtm.training.context import Stopped
 from meamtm.training.notes import POLL_S, is_told_to_stop, stop_sign
-from meamtm.training.run import Outcome, absolute, finished, run_folder, run_here, send_rest
+from meamtm.training.run import Outcome, absolute, recall, run_folder, run_here
 
 LIBRARIES_BYTES = 700_000_000
 """What a process with torch and MLflow holds before it trains."""
@@ -32,9 +32,7 @@ def run_all(
     and stop, or Stopped when asked to; the same call continues.
     """
     configs = [absolute(config) for config in configs]
-    outcomes = {number: done for number, config in enumerate(configs) if (done := finished(config)) is not None}
-    for number in outcomes:
-        send_rest(configs[number])
+    outcomes = {number: done for number, config in enumerate(configs) if (done := recall(config)) is not None}
     todo = {number: config for number, config in enumerate(configs) if number not in outcomes}
     if len(todo) == 1 or any(config.scale.most_workers > 0 for config in todo.values()):
         for number, config in todo.items():
@@ -45,9 +43,8 @@ def run_all(
 
 
 def _run_alone(number: int, config: RunConfig, heard: Heard, should_stop: Callable[[], bool]) -> Outcome:
-    where = run_here if config.scale.most_workers == 0 else run_on_ray
     listener = Listener(lambda metrics, step: heard(number, metrics, step) if "train/loss" in metrics else None)
-    return where(config, [listener], should_stop)
+    return run(config, [listener], should_stop)
 
 
 def _run_side_by_side(

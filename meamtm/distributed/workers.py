@@ -30,10 +30,10 @@ from meamtm.training.run import (
     Outcome,
     absolute,
     conclude,
-    finished,
     open_record,
+    recall,
     run_folder,
-    send_rest,
+    run_here,
 )
 from meamtm.training.train import train
 
@@ -45,6 +45,14 @@ logger = logging.getLogger(__name__)
 GPU_STEPS = 16
 
 
+def run(
+    config: RunConfig, extra_sinks: Sequence[Sink] = (), should_stop: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Trains, tests and records a run where `scale` wants it: in this process, or on Ray Train workers."""
+    where = run_here if config.scale.most_workers == 0 else run_on_ray
+    return where(config, extra_sinks, should_stop)
+
+
 def run_on_ray(
     config: RunConfig, extra_sinks: Sequence[Sink] = (), should_stop: Callable[[], bool] = lambda: False
 ) -> Outcome:
@@ -52,8 +60,7 @@ def run_on_ray(
     import ray.train
 
     config = absolute(config)
-    if (done := finished(config)) is not None:
-        send_rest(config)
+    if (done := recall(config)) is not None:
         return done
     connect(config.scale.address)
     check_resources(config.scale)

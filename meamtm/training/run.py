@@ -57,8 +57,7 @@ def run_here(
 ) -> Outcome:
     """Trains in this process, tests on the test fold and records both; a finished run only reads its record."""
     config = absolute(config)
-    if (done := finished(config)) is not None:
-        send_rest(config)
+    if (done := recall(config)) is not None:
         return done
     if config.scale.threads is not None:
         torch.set_num_threads(config.scale.threads)
@@ -80,6 +79,13 @@ def conclude(config: RunConfig, metrics: dict[str, float], sinks: Sinks) -> Outc
     curves_figure(read_rows(folder / "metrics.jsonl"), folder / "curves.png")
     _hand_over(folder, sinks)
     return Outcome(folder, checkpoint, metrics, evaluation)
+
+
+def recall(config: RunConfig) -> Outcome | None:
+    """Gives what a finished run found, and sends MLflow what it lacks of it."""
+    if (done := finished(config)) is not None:
+        send_rest(config)
+    return done
 
 
 def finished(config: RunConfig) -> Outcome | None:
