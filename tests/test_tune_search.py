@@ -6,7 +6,7 @@ import pytest
 from optuna.trial import TrialState
 
 from meamtm.errors import ConfigError
-from tune.history import best, open_study, requeue, rows, settle, trained
+from tune.history import open_study, ranked, requeue, rows, settle, trained
 from tune.plan import Plan, load_plan
 from tune.search import TruthfulSearch
 
@@ -175,5 +175,4 @@ def test_the_best_trial_is_one_that_trained_to_its_end(plan):
 
 
 def number_of_best(search: TruthfulSearch, mode: str) -> int | None:
-    trial = best(search.study, mode)
-    return None if trial is None else trial.number
+    return next((trial.number for trial in ranked(search.study, mode)), None)

@@ -280,7 +280,7 @@ def test_a_time_budget_ends_the_search(cluster, study):
     """Trials without a finished epoch, as on a busy machine, are left to a longer budget."""
     plan = load_plan(study, ["train.epochs=2000", "trials=2", "time_budget_s=10", "asha.enabled=false"])
     plan.write()
-    run_trials(plan, None, {}, pytest.fail)  # without the best one's 2000 epochs, which would take minutes
+    run_trials(plan, None, {}, pytest.fail, 2)  # without the best one's 2000 epochs, which would take minutes
     for trial in open_study(plan).trials:
         assert trial.state.name == ("PRUNED" if trial.intermediate_values else "WAITING")
         assert trial.value == (trial.intermediate_values[trial.last_step or 0] if trial.intermediate_values else None)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from meamtm.config import Section, build, flatten
 from meamtm.errors import ConfigError
 from tune.space import Range, number, parse_ranges
+
+Costs = Literal["params", "macs", "tokens"]
 
 
 class AshaConfig(Section):
@@ -41,8 +43,30 @@ class StudyConfig(Section):
     set: dict[str, Any] = Field({}, description="changes to the base run: dotted keys and values")
     space: dict[str, Range] = Field({}, description="searched keys: log_uniform, uniform, int or choice, and when")
     start: tuple[dict[str, Any], ...] = Field((), description="points to try first; keys left out are suggested")
-    objective: str = Field("valid/accuracy", min_length=1, description="metric of the last epoch that is compared")
-    mode: Literal["max", "min"] = Field("max", description="whether more or less of it is better")
+    objective: str | tuple[str, Costs] = Field(
+        "valid/accuracy",
+        min_length=1,
+        description="metric of the last epoch that is compared; [metric, cost] seeks the best for each cost, "
+        "which is params, macs or tokens, and ends no trial early",
+    )
+    mode: Literal["max", "min"] = Field("max", description="whether more or less of the metric is better")
+    inner_folds: tuple[int, ...] = Field(
+        (), description="a trial trains for each of these, validates on it and is worth the mean; (): data.valid_fold"
+    )
+    race_p: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="a trial ends after a fold if it names fewer clips right than the best one, by luck with this "
+        "probability at most (McNemar); 0: never",
+    )
+    finalists: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="best trials that train again with other seeds, which choose; 1: the luckiest wins",
+    )
+    finalist_seeds: int = Field(2, ge=1, le=1000, description="seeds that each finalist trains again with")
     trials: int = Field(20, ge=1, le=100_000, description="trials in all, those of earlier commands included")
     startup_trials: int = Field(8, ge=1, description="random trials before TPE begins to learn from them")
     max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as the cluster holds")
@@ -51,6 +75,22 @@ class StudyConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="of the suggestions; a trial's own seed is train.seed")
     asha: AshaConfig = AshaConfig()
     limits: LimitsConfig = LimitsConfig()
+
+    @property
+    def metric(self) -> str:
+        """What is measured of a trial."""
+        return self.objective if isinstance(self.objective, str) else self.objective[0]
+
+    @property
+    def cost(self) -> Costs | None:
+        """What is to be spared beside it."""
+        return None if isinstance(self.objective, str) else self.objective[1]
+
+    @model_validator(mode="after")
+    def _check(self) -> "StudyConfig":
+        if twice := sorted({fold for fold in self.inner_folds if self.inner_folds.count(fold) > 1}):
+            raise ValueError(f"inner_folds={list(self.inner_folds)} names fold {twice[0]} twice; name each once")
+        return self
 
     @field_validator("set", mode="before")
     @classmethod

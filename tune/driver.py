@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from meamtm.config import ScaleConfig
 from meamtm.distributed import check_resources, connect, disconnect, uses_gpu
 from meamtm.tracking import MLflowSink
 from tune.history import requeue, settle, trained
 from tune.plan import Plan
+from tune.race import RacingASHA, RacingFIFO
 from tune.record import Recorder
 from tune.search import TruthfulSearch
 from tune.trial import run_trial
@@ -40,15 +41,17 @@ NOTHING = {"memory": 1.0}
 """A byte: what a trial reserves that only waits for its Ray Train workers; Ray refuses a reservation of nothing."""
 
 
-def run_trials(plan: Plan, parent: MLflowSink | None, tags: Mapping[str, str], tell: Callable[[str], None]) -> None:
-    """Runs as many trials as are missing; raises what ended the search early, with every trial back in line."""
+def run_trials(
+    plan: Plan, parent: MLflowSink | None, tags: Mapping[str, str], tell: Callable[[str], None], num_trials: int
+) -> None:
+    """Runs so many trials; raises what ended the search early, with every trial back in line."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with _log_of_ray(plan.folder / "ray.log"), _cluster(plan.base.scale):
         search = TruthfulSearch(plan)
         recorder = Recorder(plan, search, parent, tags, tell)
         try:
-            _make_tuner(plan, search, recorder).fit()
+            _make_tuner(plan, search, recorder, num_trials).fit()
             search.check_failures()
             settle(search.study)
         finally:
@@ -56,18 +59,17 @@ def run_trials(plan: Plan, parent: MLflowSink | None, tags: Mapping[str, str], t
             recorder.close("KILLED")
 
 
-def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder) -> ray.tune.Tuner:
+def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder, num_trials: int) -> ray.tune.Tuner:
     scale = plan.base.scale
     resources, slots = _placement(scale)
-    missing = plan.config.trials - len(trained(search.study))
     return ray.tune.Tuner(
         ray.tune.with_resources(run_trial, resources),
         tune_config=ray.tune.TuneConfig(
             search_alg=search,
             scheduler=make_scheduler(plan, search.study),
-            num_samples=missing,
+            num_samples=num_trials,
             # One trial more than there is room for would be suggested without knowing how the others end.
-            max_concurrent_trials=min(plan.config.max_concurrent or slots, missing),
+            max_concurrent_trials=min(plan.config.max_concurrent or slots, num_trials),
             time_budget_s=plan.config.time_budget_s,
             reuse_actors=scale.most_workers == 0,
             trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:04d}-{trial.trial_id}",
@@ -83,13 +85,19 @@ def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder) -> ray.t
 
 
 def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
-    """ASHA that remembers the trials of earlier drivers, so that a resumed study judges as an uninterrupted one."""
+    """ASHA in the first fold and a race after each, or neither where cheap trials are sought too.
+
+    ASHA remembers the trials of earlier drivers, so that a resumed study judges as an uninterrupted one."""
     asha, epochs = plan.config.asha, plan.base.train.epochs
-    if not asha.enabled or asha.grace_epochs >= epochs:
+    if plan.config.cost is not None:
         return FIFOScheduler()
-    scheduler = ASHAScheduler(
+    if not asha.enabled or asha.grace_epochs >= epochs:
+        return RacingFIFO(plan, study)
+    scheduler = RacingASHA(
+        plan,
+        study,
         time_attr="epoch",
-        metric=plan.config.objective,
+        metric=plan.config.metric,
         mode=plan.config.mode,
         max_t=epochs - 1,  # a trial that has reached its last epoch is left to end by itself
         grace_period=asha.grace_epochs,
@@ -97,11 +105,11 @@ def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
         stop_last_trials=False,
     )
     for trial in trained(study):
-        earlier: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")  # all that ASHA asks of a trial
+        earlier: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}", config={"is_repeat": False})
         controller: Any = None
         scheduler.on_trial_add(controller, earlier)
         for epoch, value in sorted(trial.intermediate_values.items()):
-            scheduler.on_trial_result(controller, earlier, {"epoch": epoch, plan.config.objective: value})
+            scheduler.on_trial_result(controller, earlier, {"epoch": epoch, plan.config.metric: value})
     return scheduler
 
 

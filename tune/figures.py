@@ -50,6 +50,25 @@ def slice_figure(rows: Sequence[Row], key: str, searched: Range, objective: str,
     return _save(figure, path)
 
 
+def pareto_figure(rows: Sequence[Row], objective: str, mode: str, cost: str, path: Path) -> Path:
+    """Draws the objective against cost, and the trials that no cheaper one equals."""
+    figure, axes = _figure()
+    ended = sorted((row.cost, row.value, row.number) for row in rows if row.cost is not None and row.value is not None)
+    costs, values, numbers = np.array(ended).reshape(-1, 3).T
+    axes.plot(costs, values, "o", color="0.65", label="trials")
+    best = (np.maximum if mode == "max" else np.minimum).accumulate(values)
+    front = np.flatnonzero(np.diff(best, prepend=-np.inf if mode == "max" else np.inf))
+    axes.step(costs[front], values[front], "o-", where="post", color="C0", label="Pareto front")
+    for place in front:
+        at = (costs[place], values[place])
+        axes.annotate(f"{numbers[place]:.0f}", at, (3, 3), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel({"macs": "multiply-adds of a clip", "params": "parameters", "tokens": "tokens"}[cost])
+    axes.set_ylabel(objective)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
 def importance_figure(importances: Mapping[str, float], path: Path) -> Path:
     """Draws how much of the objective's variation each key explains."""
     figure, axes = _figure(height_in=1.2 + 0.32 * len(importances))

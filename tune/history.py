@@ -3,8 +3,9 @@
 Only the driver of a study writes to it, so one SQLite file is enough on a cluster too. Ray is not imported here."""
 
 import math
+import statistics
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from meamtm.config import Value
 from tune.plan import Plan
@@ -14,7 +15,7 @@ from tune.space import decode
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.storages import RDBStorage
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, Trial
 
 Outcome = Literal["complete", "pruned", "failed"]
 OUTCOMES: dict[str, Outcome] = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
@@ -35,10 +36,11 @@ def open_storage(plan: Plan) -> "RDBStorage":
 def open_study(plan: Plan) -> "Study":
     """Opens the Optuna study, which is made where there is none."""
     import optuna
+    from optuna.study import StudyDirection
 
-    direction = "maximize" if plan.config.mode == "max" else "minimize"
+    directions = [StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE for mode in plan.modes]
     return optuna.create_study(
-        storage=open_storage(plan), study_name=plan.name, direction=direction, load_if_exists=True
+        storage=open_storage(plan), study_name=plan.name, directions=directions, load_if_exists=True
     )
 
 
@@ -50,14 +52,33 @@ def judge(result: Mapping[str, Any] | None, objective: str, epochs: int) -> Outc
     return "complete" if result.get("epoch", 0) >= epochs else "pruned"
 
 
-def trained(study: "Study") -> "list[FrozenTrial]":
-    """Finished trials that trained, which is what `trials` counts; suggestions that were rejected did not."""
+class Repeat(NamedTuple):
+    """A finalist's trial that trains again with another seed."""
+
+    number: int
+    """Of the trial that it repeats."""
+    seed: int
+
+
+def repeat_of(trial: "Trial | FrozenTrial") -> Repeat | None:
+    """Says which trial this one repeats, if any."""
+    found = trial.user_attrs.get("repeats")
+    return Repeat(*found) if found is not None else None
+
+
+def ended(study: "Study") -> "list[FrozenTrial]":
+    """Finished trials that trained; suggestions that were rejected did not."""
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished() and not is_rejected(trial)]
+
+
+def trained(study: "Study") -> "list[FrozenTrial]":
+    """Those of the search, which is what `trials` counts; finalists that train again do not count."""
+    return [trial for trial in ended(study) if repeat_of(trial) is None]
 
 
 def failed(study: "Study") -> "list[FrozenTrial]":
     """Trials that failed."""
-    return [trial for trial in trained(study) if trial.state.name == "FAIL"]
+    return [trial for trial in ended(study) if trial.state.name == "FAIL"]
 
 
 def is_rejected(trial: "FrozenTrial") -> bool:
@@ -90,14 +111,74 @@ def settle(study: "Study") -> None:
             study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
-def best(study: "Study", mode: str) -> "FrozenTrial | None":
-    """The best trial of those that trained to their end, or, where none did, of those that were stopped early."""
+def ranked(study: "Study", mode: str) -> "list[FrozenTrial]":
+    """The search's trials that trained to their end, or, where none did, those that were stopped early; best first.
+
+    Of equals the cheaper comes first, then the earlier."""
+    sign = 1 if mode == "max" else -1
     for state in ("COMPLETE", "PRUNED"):
-        trials = [trial for trial in trained(study) if trial.state.name == state and trial.value is not None]
+        trials = [trial for trial in trained(study) if trial.state.name == state and value_of(trial) is not None]
         if trials:
-            sign = 1 if mode == "max" else -1
-            return max(trials, key=lambda trial: (sign * (trial.value or 0.0), -trial.number))
-    return None
+            return sorted(
+                trials, key=lambda trial: (-sign * (value_of(trial) or 0.0), *(trial.values or [])[1:], trial.number)
+            )
+    return []
+
+
+def enqueue_finalists(study: "Study", plan: Plan) -> None:
+    """Puts the best trials of a search in line once more, each with the seeds after the base run's."""
+    config, first = plan.config, plan.base.train.seed + 1
+    if config.finalists == 1:
+        return
+    there = {repeat_of(trial) for trial in study.get_trials(deepcopy=False)}
+    for trial in _finalists(study, plan)[: config.finalists]:
+        for seed in range(first, first + config.finalist_seeds):
+            if (repeat := Repeat(trial.number, seed)) not in there:
+                study.enqueue_trial(trial.params, user_attrs={"repeats": repeat})
+
+
+def num_waiting_repeats(study: "Study") -> int:
+    """Counts finalists' trials that are in line."""
+    return sum(trial.state.name == "WAITING" and repeat_of(trial) is not None for trial in study.trials)
+
+
+def choose(study: "Study", plan: Plan) -> "FrozenTrial | None":
+    """The best trial: of finalists, the one whose repeats are best on average; what made it one does not count."""
+    trials = ranked(study, plan.config.mode)
+    if not trials or plan.config.finalists == 1:
+        return next(iter(trials), None)
+    sign = 1 if plan.config.mode == "max" else -1
+    again = {trial.number: repeats(study, trial.number) for trial in _finalists(study, plan)[: plan.config.finalists]}
+    means = {number: statistics.fmean(values) for number, values in again.items() if values}
+    if not means:
+        return trials[0]
+    number = max(means, key=lambda number: (sign * means[number], -number))
+    return next(trial for trial in trials if trial.number == number)
+
+
+def repeats(study: "Study", number: int) -> list[float]:
+    """What a finalist was worth each time that it trained again."""
+    again = (trial for trial in ended(study) if (repeat := repeat_of(trial)) is not None and repeat.number == number)
+    return [value for trial in again if trial.state.name == "COMPLETE" and (value := value_of(trial)) is not None]
+
+
+def _finalists(study: "Study", plan: Plan) -> "list[FrozenTrial]":
+    """Who may be chosen, best first: all, or with a cost those that no cheaper one equals."""
+    trials = [trial for trial in ranked(study, plan.config.mode) if trial.state.name == "COMPLETE"]
+    if plan.config.cost is None:
+        return trials
+    front: "list[FrozenTrial]" = []
+    for trial in trials:
+        if all(trial.values[1] < better.values[1] for better in front):
+            front.append(trial)
+    return front
+
+
+def value_of(trial: "FrozenTrial") -> float | None:
+    """The metric that a trial is compared by; one that was stopped early has its last."""
+    if trial.values:
+        return trial.values[0]
+    return trial.intermediate_values.get(trial.last_step) if trial.last_step is not None else None
 
 
 def point_of(trial: "FrozenTrial") -> dict[str, Value]:
@@ -115,9 +196,12 @@ def _row(trial: "FrozenTrial") -> Row:
     return Row(
         number=trial.number,
         state=trial.state.name,
-        value=trial.value if trial.value is not None else trial.intermediate_values.get(trial.last_step or 0),
+        value=value_of(trial),
         epochs=trial.last_step or 0,
         elapsed_s=trial.duration.total_seconds() if trial.duration is not None else None,
         point=point_of(trial) or {key: decode(v) for key, v in trial.system_attrs.get("fixed_params", {}).items()},
         error=trial.user_attrs.get("error") if trial.state.name == "FAIL" else None,
+        cost=trial.values[1] if trial.values and len(trial.values) > 1 else None,
+        repeats=repeat.number if (repeat := repeat_of(trial)) is not None else None,
+        seed=repeat.seed if repeat is not None else None,
     )

@@ -47,6 +47,7 @@ class Plan:
             "space": {key: searched.model_dump(mode="json") for key, searched in self.config.space.items()},
             "start": self.config.start,
             "objective": [self.config.objective, self.config.mode],
+            "inner_folds": self.config.inner_folds,
             "seed": self.config.seed,
             "limits": flatten(self.config.limits),
         }
@@ -62,10 +63,37 @@ class Plan:
         """Where everything of this study lies."""
         return Path(self.config.studies_dir).expanduser().resolve() / self.name
 
-    def trial(self, number: int, point: Mapping[str, Value]) -> RunConfig:
-        """The run of one trial, in its own folder inside the study's; raises ConfigError where a point builds none."""
+    @property
+    def metrics(self) -> list[str]:
+        """What Optuna compares."""
+        return [self.config.metric, *([self.config.cost] if self.config.cost is not None else [])]
+
+    @property
+    def modes(self) -> list[str]:
+        """Whether more ("max") or less ("min") is better of each of them."""
+        return [self.config.mode, "min"][: len(self.metrics)]
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of a trial, over all its folds."""
+        return self.base.train.epochs * max(1, len(self.config.inner_folds))
+
+    def trial(self, number: int, point: Mapping[str, Value], seed: int | None = None) -> RunConfig:
+        """One trial, in its own folder inside the study's; raises ConfigError where a point builds no run.
+
+        A finalist that trains again has another seed than the base run's.
+        """
         place = {"name": f"trial-{number:04d}", "runs_dir": str(self.folder / "trials")}
-        return override(self.base, {**point, **place})
+        return override(self.base, {**point, **place} | ({} if seed is None else {"train.seed": seed}))
+
+    def runs(self, trial: RunConfig) -> tuple[RunConfig, ...]:
+        """What a trial trains, one after the other: itself, or a run for each inner fold."""
+        if not self.config.inner_folds:
+            return (trial,)
+        return tuple(
+            override(trial, {"name": f"{trial.name}-fold-{fold}", "data.valid_fold": fold})
+            for fold in self.config.inner_folds
+        )
 
     def write(self) -> None:
         """Keeps the complete study beside its results; the file starts the same study again."""
@@ -89,6 +117,7 @@ def load_plan(path: str | Path, words: Sequence[str] = ()) -> Plan:
         )
     base = load(config.base, config.set) if config.base is not None else from_flat(config.set)
     plan = Plan(config, base, Space(config.space))
+    _check_folds(plan)
     _check_keys(plan)
     _check_conditions(plan)
     _check_corners(plan)
@@ -122,6 +151,20 @@ def _known(key: str, value: Value) -> str:
             f"{key}={value!r}: no such key of a study or a run" + (f"; did you mean {near[0]}?" if near else "")
         )
     return key
+
+
+def _check_folds(plan: Plan) -> None:
+    folds, data = plan.config.inner_folds, plan.base.data
+    if folds and data.valid_fold is not None:
+        raise ConfigError(
+            f"data.valid_fold={data.valid_fold}: inner_folds={list(folds)} says which folds validate; leave one out: "
+            "data.valid_fold=null"
+        )
+    if data.test_fold in folds:
+        raise ConfigError(
+            f"inner_folds={list(folds)} holds data.test_fold={data.test_fold}, so choices would be made on the test; "
+            "take it out"
+        )
 
 
 def _check_keys(plan: Plan) -> None:

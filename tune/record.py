@@ -13,7 +13,7 @@ import ray.tune
 from meamtm.config import from_flat
 from meamtm.errors import ServiceError
 from meamtm.tracking import MLflowSink, Status
-from tune.history import Outcome, judge, point_of, trained
+from tune.history import Outcome, judge, point_of, repeat_of, trained
 from tune.plan import Plan
 from tune.report import describe
 from tune.runs import end_all, end_child, start_child
@@ -57,7 +57,7 @@ class Recorder(ray.tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Closes the run of a trial that ended, early or not."""
-        self._end(trial, judge(trial.last_result, self.plan.config.objective, self.plan.base.train.epochs))
+        self._end(trial, judge(trial.last_result, self.plan.config.metric, self.plan.num_epochs))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Closes the run of a trial that failed."""
@@ -85,13 +85,15 @@ class Recorder(ray.tune.Callback):
         error = known.user_attrs.get("error", "") if outcome == "failed" else ""
         if sink := self.sinks.pop(trial.trial_id, None):
             end_child(sink, outcome, error)
-        value = (trial.last_result or {}).get(self.plan.config.objective)
-        measured = error or f"{self.plan.config.objective} {value:.4f}"
+        value = (trial.last_result or {}).get(self.plan.config.metric)
+        measured = error or f"{self.plan.config.metric} {value:.4f}"
         elapsed_s = time.monotonic() - self.began_s.get(trial.trial_id, time.monotonic())
-        self.tell(
-            f"{len(trained(self.search.study)):>3}/{self.plan.config.trials}  trial {known.number:<3} {outcome:<8}  "
-            f"{measured}  {known.last_step or 0} epochs  {elapsed_s:.0f} s  {describe(point_of(known))}"
-        )
+        repeat = repeat_of(known)
+        done = f"{len(trained(self.search.study)):>3}/{self.plan.config.trials}  trial {known.number:<3}"
+        if repeat is not None:
+            done = f"finalist {repeat.number:<3} seed {repeat.seed:<3}"
+        spent = f"{known.last_step or 0} epochs  {elapsed_s:.0f} s"
+        self.tell(f"{done} {outcome:<8}  {measured}  {spent}  {describe(point_of(known))}")
 
 
 def _is_metric(key: str, value: Any) -> bool:

@@ -1,6 +1,7 @@
 """A study, finished or still running -> tables for the screen, and a CSV and figures in its report folder."""
 
 import csv
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ def report(plan: Plan) -> "RenderableType":
     files = write_report(plan, study)
     shares = importances(study)
     return Group(
-        trials_table(rows(study), plan.config.objective),
+        trials_table(rows(study), plan.config.metric),
+        *_finalists_table(rows(study), plan.config.metric),
         _importance_table(study, shares),
         Text(f"{len(files)} files in {plan.folder / 'report'}"),
     )
@@ -54,7 +56,8 @@ def summary(result: Result) -> "RenderableType":
     places = Table(title="where", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, place in _places(result).items():
         places.add_row(name, Text(place, overflow="fold"))
-    return Group(trials_table(result.rows, result.objective, result.best), Text(), found, Text(), places)
+    finalists = _finalists_table(result.rows, result.objective, result.best)
+    return Group(trials_table(result.rows, result.objective, result.best), *finalists, Text(), found, Text(), places)
 
 
 def _places(result: Result) -> dict[str, str]:
@@ -75,14 +78,43 @@ def _places(result: Result) -> dict[str, str]:
 def trials_table(trials: Sequence[Row], objective: str, best: int | None = None) -> Table:
     """One line per trial: number, end, objective, epochs, seconds, and the searched keys with their values."""
     table = Table(title="trials", title_justify="left", header_style="bold", padding=(0, 1))
-    for name in ("trial", "end", objective, "epochs", "s"):
+    is_frugal = any(row.cost is not None for row in trials)
+    for name in ("trial", "end", objective, *(["cost"] if is_frugal else []), "epochs", "s"):
         table.add_column(name, no_wrap=True, justify="left" if name == "end" else "right")
     table.add_column("searched")
     for row in trials:
+        if row.repeats is not None:
+            continue
         cells = [row.number, row.state.lower(), row.value, row.epochs, round(row.elapsed_s or 0), describe(row.point)]
+        if is_frugal:
+            cells[3:3] = [f"{row.cost:.3g}" if row.cost is not None else ""]
         style = "bold green" if row.number == best else "red" if row.state == "FAIL" else ""
         table.add_row(*map(_number, cells), style=style)
     return table
+
+
+def _finalists_table(trials: Sequence[Row], objective: str, best: int | None = None) -> "list[RenderableType]":
+    """What finalists were worth in the search, which was luck in part, and with other seeds."""
+    again: dict[int, list[float]] = {}
+    for row in trials:
+        if row.repeats is not None and row.state == "COMPLETE" and row.value is not None:
+            again.setdefault(row.repeats, []).append(row.value)
+    if not again:
+        return []
+    table = Table(title="finalists, with other seeds", title_justify="left", header_style="bold", padding=(0, 1))
+    for name in ("trial", f"{objective} in the search", "mean", "std", "runs"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for number, values in sorted(again.items(), key=lambda item: statistics.fmean(item[1]), reverse=True):
+        searched = next(row.value for row in trials if row.number == number)
+        cells = [
+            number,
+            searched,
+            statistics.fmean(values),
+            statistics.stdev(values) if len(values) > 1 else "",
+            len(values),
+        ]
+        table.add_row(*map(_number, cells), style="bold green" if number == best else "")
+    return [Text(), table]
 
 
 def describe(point: Mapping[str, Value]) -> str:
@@ -98,22 +130,25 @@ def importances(study: "Study") -> dict[str, float]:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # optuna's, of keys that exist in some trials only
-        return get_param_importances(study)
+        return get_param_importances(study, target=lambda trial: trial.values[0])
 
 
 def write_report(plan: Plan, study: "Study") -> list[Path]:
     """Writes trials.csv and the figures, and returns their paths."""
-    from tune.figures import history_figure, importance_figure, parallel_figure, slice_figure
+    from tune.figures import history_figure, importance_figure, parallel_figure, pareto_figure, slice_figure
 
-    folder, trials, objective = plan.folder / "report", rows(study), plan.config.objective
+    folder, objective = plan.folder / "report", plan.config.metric
     folder.mkdir(parents=True, exist_ok=True)
-    files = [_write_csv(trials, objective, folder / "trials.csv")]
+    files = [_write_csv(rows(study), plan, folder / "trials.csv")]
+    trials = [row for row in rows(study) if row.repeats is None]
     if not any(row.value is not None for row in trials):
         return files
     files += [history_figure(trials, objective, plan.config.mode, folder / "history.png")]
     files += [parallel_figure(trials, plan.space.ranges, objective, folder / "parallel.png")]
     for key, searched in plan.space.ranges.items():
         files.append(slice_figure(trials, key, searched, objective, folder / f"slice-{key}.png"))
+    if plan.config.cost is not None:
+        files.append(pareto_figure(trials, objective, plan.config.mode, plan.config.cost, folder / "pareto.png"))
     if shares := importances(study):
         files.append(importance_figure(shares, folder / "importances.png"))
     return files
@@ -136,16 +171,17 @@ def _num_complete(study: "Study") -> int:
     return sum(row.state == "COMPLETE" for row in rows(study))
 
 
-def _write_csv(trials: Sequence[Row], objective: str, path: Path) -> Path:
+def _write_csv(trials: Sequence[Row], plan: Plan, path: Path) -> Path:
     keys = list(dict.fromkeys(key for row in trials for key in row.point))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["trial", "end", objective, "epochs", "elapsed_s", *keys, "error"])
+        measured = plan.metrics
+        writer.writerow(["trial", "repeats", "seed", "end", *measured, "epochs", "elapsed_s", *keys, "error"])
         for row in trials:
             point = [row.point.get(key, "") for key in keys]
-            writer.writerow(
-                [row.number, row.state.lower(), row.value, row.epochs, row.elapsed_s, *point, row.error or ""]
-            )
+            values = [row.value, row.cost][: len(measured)]
+            ran = [row.number, row.repeats, row.seed, row.state.lower(), *values, row.epochs, row.elapsed_s]
+            writer.writerow([*ran, *point, row.error or ""])
     return path
 
 

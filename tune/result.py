@@ -20,6 +20,12 @@ class Row:
     elapsed_s: float | None
     point: dict[str, Value]
     error: str | None
+    cost: float | None = None
+    """What was to be spared, if anything."""
+    repeats: int | None = None
+    """Number of the finalist that this one is again, with another seed."""
+    seed: int | None = None
+    """That seed."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,16 @@ class Result:
     """None where no clip is held out."""
     mlflow_uri: str | None
     mlflow_run_id: str | None
+    finalists: int = 1
+    finalist_seeds: int = 2
 
     def covers(self, config: StudyConfig) -> bool:
-        """Whether nothing is left to do for a study of so many trials."""
-        enough = sum(row.state in ("COMPLETE", "PRUNED", "FAIL") for row in self.rows) >= config.trials
+        """Whether nothing is left to do for a study of so many trials and finalists."""
+        search = [row for row in self.rows if row.repeats is None]
+        enough = sum(row.state in ("COMPLETE", "PRUNED", "FAIL") for row in search) >= config.trials
         same = (self.trials, self.time_budget_s) == (config.trials, config.time_budget_s)
-        return enough or same
+        again = (self.finalists, self.finalist_seeds) == (config.finalists, config.finalist_seeds)
+        return (enough or same) and (again or config.finalists == 1)
 
     @property
     def best_row(self) -> Row:

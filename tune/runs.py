@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meamtm.config import RunConfig, Value, flatten, run_name, signature
+from meamtm.config import RunConfig, flatten, run_name, signature
 from meamtm.errors import ServiceError
 from meamtm.tracking import MLflowSink, Status, has_all, resolve_uri, warn_of_rest
-from tune.history import OUTCOMES, Outcome, point_of, trained
+from tune.history import OUTCOMES, Outcome, ended, point_of, repeat_of
 from tune.plan import Plan
 from tune.result import Result
 
@@ -47,6 +47,8 @@ def start_child(
         parent.uri, parent.experiment, run.name, parent_run_id=parent.run_id, folder=folder, close_wait_s=CLOSE_WAIT_S
     )
     tags = {**tags, "signature": signature(run), "optuna.trial": str(trial.number), "folder": str(folder)}
+    if (repeat := repeat_of(trial)) is not None:
+        tags["optuna.repeats"] = str(repeat.number)
     sink.start(flatten(run), tags, from_step=from_step)
     return sink
 
@@ -65,31 +67,27 @@ def is_recorded(plan: Plan, done: Result) -> bool:
     ends: dict[Path, Status] = {plan.folder: "FINISHED", Path(done.run_folder): "FINISHED"}
     for row in done.rows:
         if row.state in OUTCOMES:
-            ends[_trial_folder(plan, row.number, row.point)] = ENDS[OUTCOMES[row.state]]
+            run = plan.trial(row.number, row.point, row.seed)
+            ends[Path(run.runs_dir).resolve() / run_name(run)] = ENDS[OUTCOMES[row.state]]
     return all(has_all(folder, uri, end) for folder, end in ends.items() if folder.exists())
 
 
 def send_trials(plan: Plan, study: "Study", parent: MLflowSink, tags: Mapping[str, str]) -> None:
     """Sends what MLflow has not taken of trials that have ended; one that is still away costs a warning."""
-    from meamtm.training.run import absolute
+    from meamtm.training.run import absolute, run_folder
 
-    for trial in trained(study):
-        point, outcome = point_of(trial), OUTCOMES[trial.state.name]
-        folder = _trial_folder(plan, trial.number, point)
+    for trial in ended(study):
+        repeat, outcome = repeat_of(trial), OUTCOMES[trial.state.name]
+        run = absolute(plan.trial(trial.number, point_of(trial), repeat.seed if repeat is not None else None))
+        folder = run_folder(run)
         if not folder.exists() or has_all(folder, parent.uri, ENDS[outcome]):
             continue
-        run = absolute(plan.trial(trial.number, point))
         try:
-            sink = start_child(parent, trial, run, tags, from_step=run.train.epochs)
+            sink = start_child(parent, trial, run, tags, from_step=plan.num_epochs)
         except ServiceError as error:
             warn_of_rest(run.name, error)
             return
         end_child(sink, outcome, trial.user_attrs.get("error", "") if outcome == "failed" else "")
-
-
-def _trial_folder(plan: Plan, number: int, point: Mapping[str, Value]) -> Path:
-    run = plan.trial(number, point)
-    return Path(run.runs_dir).resolve() / run_name(run)
 
 
 def end_all(sinks: Iterable[MLflowSink], status: Status) -> None:

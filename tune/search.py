@@ -6,7 +6,7 @@ epoch is COMPLETE."""
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from meamtm.errors import ConfigError
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.run import absolute, run_folder
-from tune.history import OUTCOMES, failed, judge, open_storage
+from tune.folds import Folds
+from tune.history import OUTCOMES, failed, judge, open_storage, point_of, repeat_of
 from tune.limits import excess
 from tune.plan import Plan
 from tune.space import encode
@@ -37,8 +38,8 @@ class TruthfulSearch(OptunaSearch):
     def __init__(self, plan: Plan) -> None:
         super().__init__(
             space=plan.space,
-            metric=plan.config.objective,
-            mode=plan.config.mode,
+            metric=plan.metrics,
+            mode=plan.modes,
             study_name=plan.name,
             storage=open_storage(plan),
             sampler=make_sampler(plan, 0),
@@ -63,19 +64,27 @@ class TruthfulSearch(OptunaSearch):
             point = self.plan.space(trial)
             reason = self._reject(trial, point)
             if reason is None:
-                run = absolute(self.plan.trial(trial.number, point))
+                repeats = repeat_of(trial)
+                run = absolute(self.plan.trial(trial.number, point, repeats.seed if repeats else None))
                 trial.set_user_attr("ray_trial_id", trial_id)
                 trial.set_user_attr("signature", signature(run))
                 self._ot_trials[trial_id] = trial
-                self._catch_up(trial, run)
-                return {"number": trial.number, "objective": self.plan.config.objective, "run": flatten(run)}
+                runs = self.plan.runs(run)
+                self._catch_up(trial, runs)
+                return {
+                    "number": trial.number,
+                    "metric": self.plan.config.metric,
+                    "is_repeat": repeats is not None,
+                    "run": flatten(run),
+                    "runs": [flatten(one) for one in runs],
+                }
         raise ConfigError(
             f"limits: {REJECTED_IN_A_ROW} suggestions in a row build no run within them (the last: {reason}); "
             "loosen the limits or narrow the space"
         )
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keeps an epoch's objective and checkpoint, or the reason why a trial is about to fail."""
+        """Keeps an epoch's objective, checkpoint and hits, or the reason why a trial is about to fail."""
         self._keep(self._ot_trials[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -84,13 +93,17 @@ class TruthfulSearch(OptunaSearch):
         if trial is None or trial_id in self._completed_trials:
             return
         self._completed_trials.add(trial_id)
-        ended = "failed" if error else judge(result, self.plan.config.objective, self.plan.base.train.epochs)
+        ended = "failed" if error else judge(result, self.plan.config.metric, self.plan.num_epochs)
         if result:
             self._keep(trial, result)
         if ended == "failed" and "error" not in trial.user_attrs:
-            trial.set_user_attr("error", "its worker died" if error else f"no finite {self.metric} was reported")
-        value = result[self.plan.config.objective] if result and ended == "complete" else None
-        self.study.tell(trial, value, state=STATES[ended])
+            trial.set_user_attr(
+                "error", "its worker died" if error else f"no finite {self.plan.config.metric} was reported"
+            )
+        values = [result[self.plan.config.metric]] if result and ended == "complete" else None
+        if values is not None and self.plan.config.cost is not None:
+            values.append(self._cost(trial))
+        self.study.tell(trial, values, state=STATES[ended])
 
     def check_failures(self) -> None:
         """Raises ConfigError where more trials have failed than the study survives."""
@@ -116,13 +129,23 @@ class TruthfulSearch(OptunaSearch):
         self.study.sampler = make_sampler(self.plan, len(self.study.get_trials(deepcopy=False)))
         return self.study.ask()
 
-    def _catch_up(self, trial: optuna.Trial, run: RunConfig) -> None:
-        """Reads epochs that a dead driver did not hear of; the run goes on after its checkpoint and skips them."""
-        found = newest(run_folder(run))
-        last = read_record(found)["epoch"] if found is not None else 0
-        for row in read_rows(run_folder(run) / "metrics.jsonl"):
-            if row["step"] <= last:
-                self._keep(trial, row)
+    def _catch_up(self, trial: optuna.Trial, runs: Sequence[RunConfig]) -> None:
+        """Reads epochs that a dead driver did not hear of; a run goes on after its checkpoint and skips them."""
+        folds = Folds(self.plan.config.metric, self.plan.base.train.epochs)
+        for run in runs:
+            if (found := newest(run_folder(run))) is None:
+                return
+            record = read_record(found)
+            for row in read_rows(run_folder(run) / "metrics.jsonl"):
+                if row["step"] <= record["epoch"]:
+                    self._keep(trial, folds.epoch(row))
+            folds.end(record["metrics"] | {"epoch": record["epoch"]})
+
+    def _cost(self, trial: optuna.Trial) -> float:
+        from meamtm.model.cost import cost
+
+        known = self.study._storage.get_trial(trial._trial_id)
+        return float(getattr(cost(self.plan.trial(trial.number, point_of(known))), f"num_{self.plan.config.cost}"))
 
     def _reject(self, trial: optuna.Trial, point: Mapping[str, Value]) -> str | None:
         """Ends a suggestion that builds no run, or one over the limits, and returns why; Optuna learns to avoid it."""
@@ -135,10 +158,10 @@ class TruthfulSearch(OptunaSearch):
         return reason
 
     def _keep(self, trial: optuna.Trial, result: Mapping[str, Any]) -> None:
-        for attribute, key in {"error": "failure", "checkpoint": "checkpoint_path"}.items():
+        for attribute, key in {"error": "failure", "checkpoint": "checkpoint_path", "hits": "hits"}.items():
             if result.get(key):
                 trial.set_user_attr(attribute, result[key])
-        value, epoch = result.get(self.plan.config.objective), result.get("epoch")
+        value, epoch = result.get(self.plan.config.metric), result.get("epoch")
         if value is not None and epoch is not None and math.isfinite(value):
             # Written past Trial.report, which warns when a resumed trial measures an epoch again.
             self.study._storage.set_trial_intermediate_value(trial._trial_id, int(epoch), float(value))

@@ -3,8 +3,10 @@
 The study's folder is its only memory. The same command continues what was interrupted, and recognises what is done
 without starting Ray."""
 
+import statistics
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,18 @@ from meamtm.config import RunConfig, differences, override, write_yaml
 from meamtm.errors import ConfigError, MeamtmError
 from meamtm.tracking import Listener, warn_of_rest
 from meamtm.training.lock import held
-from tune.history import best, open_study, point_of, requeue, rows, trained
+from tune.history import (
+    choose,
+    enqueue_finalists,
+    num_waiting_repeats,
+    open_study,
+    point_of,
+    repeats,
+    requeue,
+    rows,
+    trained,
+    value_of,
+)
 from tune.interrupt import interruptible
 from tune.plan import Plan
 from tune.result import Result, read_result, write_result
@@ -54,16 +67,29 @@ def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
     study = open_study(plan)
     requeue(study)
     with (parent := _open_parent(plan, study, tags)) or nullcontext():
-        if (num_trained := len(trained(study))) < plan.config.trials:
-            tell(f"{plan.name}: {plan.config.trials - num_trained} of {plan.config.trials} trials to go")
-            from tune.driver import run_trials
-
-            run_trials(plan, parent, tags, tell)
+        _search(plan, study, parent, tags, tell)
         result = _conclude(plan, study, parent, tell)
         if parent is not None:
             _record(plan, study, result, parent, tags)
         write_result(plan, result)
         return result
+
+
+def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mapping[str, str], tell: Tell) -> None:
+    """Runs the trials that are missing, and then the finalists again."""
+    missing = plan.config.trials - len(trained(study))
+    if missing > 0:
+        tell(f"{plan.name}: {missing} of {plan.config.trials} trials to go")
+        from tune.driver import run_trials
+
+        run_trials(plan, parent, tags, tell, missing + num_waiting_repeats(study))  # which an earlier command left
+    enqueue_finalists(study, plan)
+    if (num_repeats := num_waiting_repeats(study)) > 0:
+        tell(f"{plan.name}: the best trials train again with other seeds, {num_repeats} runs")
+        from tune.driver import run_trials
+
+        unlimited = replace(plan, config=plan.config.model_copy(update={"time_budget_s": None}))
+        run_trials(unlimited, parent, tags, tell, num_repeats)
 
 
 def _complete_record(plan: Plan, done: Result) -> None:
@@ -86,11 +112,13 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
     from meamtm.distributed import run
     from tune.report import write_report
 
-    trial = best(study, plan.config.mode)
+    trial = choose(study, plan)
     if trial is None:
-        raise ConfigError(f"{plan.name}: no trial has measured {plan.config.objective}; raise time_budget_s or trials")
+        raise ConfigError(f"{plan.name}: no trial has measured {plan.config.metric}; raise time_budget_s or trials")
     config = best_config(plan, trial)
-    found = f"{plan.name}, trial {trial.number}: {plan.config.objective} {trial.value:.4f}"
+    found = f"{plan.name}, trial {trial.number}: {plan.config.metric} {value_of(trial):.4f}"
+    if again := repeats(study, trial.number):
+        found += f", {statistics.fmean(again):.4f} with other seeds"
     header = f"meamtm train {plan.config.studies_dir}/{plan.name}/best.yaml\n{found}"
     write_yaml(plan.folder / "best.yaml", differences(config), header)
     tell(f"trial {trial.number} is the best; it trains again, on train + validation, and is tested once")
@@ -98,7 +126,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
     result = Result(
         study=plan.name,
         folder=str(plan.folder),
-        objective=plan.config.objective,
+        objective=plan.config.metric,
         trials=plan.config.trials,
         time_budget_s=plan.config.time_budget_s,
         rows=rows(study),
@@ -108,6 +136,8 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
         test=dict(outcome.evaluation.metrics) if outcome.evaluation is not None else None,
         mlflow_uri=parent.uri if parent else None,
         mlflow_run_id=parent.run_id if parent else None,
+        finalists=plan.config.finalists,
+        finalist_seeds=plan.config.finalist_seeds,
     )
     write_report(plan, study)
     return result
@@ -128,11 +158,18 @@ def _check_data(plan: Plan) -> dict[str, str]:
     from meamtm.training.run import absolute, tags
 
     base = absolute(plan.base)
-    split = split_clips(open_clips(base.data, base.mel.sample_rate_hz), base.data)
-    if len(split.valid) == 0:
+    clips = open_clips(base.data, base.mel.sample_rate_hz)
+    for run in plan.runs(base):
+        if len(split_clips(clips, run.data).valid) > 0:
+            continue
+        if plan.config.inner_folds:
+            raise ConfigError(
+                f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has no clip in fold "
+                f"{run.data.valid_fold}; name folds that it has"
+            )
         raise ConfigError(
             "data.valid_fold=None: a study chooses on an inner validation fold, never on data.test_fold "
-            f"({base.data.test_fold}); set data.valid_fold to another fold"
+            f"({base.data.test_fold}); set data.valid_fold to another fold, or inner_folds"
         )
     shared = tags(base)
     del shared["signature"]  # each run has its own

@@ -1,10 +1,11 @@
-"""One suggestion -> one trained run: inside the Tune trial for small models, on Ray Train workers for others.
+"""One suggestion -> one trained run for each fold: inside the Tune trial for small models, else on workers.
 
-Either way it is `train(config, context)` in the trial's own run folder, so a trial that is asked again continues from
-its newest checkpoint."""
+Either way it is `train(config, context)` in a run folder of its own, so a trial that is asked again continues from its
+newest checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from meamtm.model.memory import check_memory
 from meamtm.tracking import JsonLines
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.context import LocalContext, choose_device
+from meamtm.training.evaluate import evaluate
 from meamtm.training.lock import held
 from meamtm.training.notes import following
 from meamtm.training.run import run_folder
 from meamtm.training.train import train
+from tune.folds import Folds
 
 RELEASE_S = 30.0
 """How long the process of an earlier attempt at the same trial may take to die."""
@@ -33,12 +36,12 @@ def run_trial(suggestion: dict[str, Any]) -> None:
     """Trains what `TruthfulSearch.suggest` returned; Tune's function.
 
     What the user can put right would go wrong again, so it is only reported; after other errors Tune may retry."""
-    run = from_flat(suggestion["run"])
+    runs = [from_flat(run) for run in suggestion["runs"]]
+    folds = Folds(suggestion["metric"], runs[0].train.epochs)
     try:
-        if run.scale.most_workers > 0:
-            _train_on_workers(run)
-        else:
-            _train_here(run)
+        for run in runs:
+            metrics = (_train_on_workers if run.scale.most_workers > 0 else _train_here)(run, folds)
+            ray.tune.report(folds.end(metrics, _hits(run) if len(runs) > 1 else ""))
     except MeamtmError as error:
         ray.tune.report({"failure": str(error)})
     except Exception as error:
@@ -53,10 +56,9 @@ class TrialContext:
     rank = 0
     world_size = 1
 
-    def __init__(self, local: LocalContext) -> None:
-        self.local = local
+    def __init__(self, local: LocalContext, tell: Callable[[dict[str, Any]], None]) -> None:
+        self.local, self.tell = local, tell
         self.device = local.device
-        self.has_reported = False
 
     def resume_from(self) -> Path | None:
         """Names the newest complete checkpoint in the trial's run folder."""
@@ -66,36 +68,58 @@ class TrialContext:
         """Publishes the checkpoint, then waits for Tune, which may end the trial here by SystemExit."""
         self.local.report(metrics, checkpoint)
         if metrics:
-            self.has_reported = True
             published = {"checkpoint_path": str(self.local.folder / checkpoint.name)} if checkpoint is not None else {}
-            ray.tune.report({**metrics, **published})
+            self.tell({**metrics, **published})
 
     def should_stop(self) -> bool:
         """Never asks to stop: Tune ends a trial where it reports."""
         return False
 
 
-def _train_here(run: RunConfig) -> None:
+class ReportFold(TuneReportCallback):
+    """Tells Tune of a Ray Train run's epochs."""
+
+    def __init__(self, folds: Folds) -> None:
+        super().__init__()
+        self._folds = copy(folds)  # as they are now: the last report may come when the next fold has begun
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Hears what all workers report, of which the first one's counts; the epoch of a stop has no metrics."""
+        super().after_report(run_context, [self._folds.epoch(metrics[0]) if metrics[0] else {}], checkpoint)
+
+
+def _train_here(run: RunConfig, folds: Folds) -> dict[str, float]:
     torch.set_num_threads(run.scale.threads or max(1, int(run.scale.cpus_per_worker)))
     folder, device = run_folder(run), choose_device(run.scale)
     card = read_card(run.data.path)
     check_memory(run, len(card.classes), card.num_clips, device)
     with held(folder, RELEASE_S), closing(JsonLines(folder / "metrics.jsonl")) as lines:
         lines.start({}, {}, from_step=_epochs_done(run))
-        context = TrialContext(LocalContext(folder, device, sinks=[lines]))
-        metrics = train(run, context)
-        if not context.has_reported:  # it was finished already when its driver died
-            ray.tune.report(metrics)
+        context = TrialContext(
+            LocalContext(folder, device, sinks=[lines]), lambda metrics: ray.tune.report(folds.epoch(metrics))
+        )
+        return train(run, context)
 
 
-def _train_on_workers(run: RunConfig) -> None:
+def _train_on_workers(run: RunConfig, folds: Folds) -> dict[str, float]:
     folder = run_folder(run)
     with held(folder, RELEASE_S), closing(JsonLines(folder / "metrics.jsonl")) as lines:
         lines.start({}, {}, from_step=_epochs_done(run))
         with following(folder, [lines]):
-            metrics = make_trainer(run, callbacks=[TuneReportCallback()]).fit().return_value
+            metrics = make_trainer(run, callbacks=[ReportFold(folds)]).fit().return_value
         assert isinstance(metrics, dict), "every worker returns the last metrics"
-        ray.tune.report(metrics)  # again, since the callback's last report may come after the end of this function
+        return metrics
+
+
+def _hits(run: RunConfig) -> str:
+    """Which clips of a trained run's validation fold its model names right; all labels, where there are several."""
+    checkpoint = newest(run_folder(run))
+    assert checkpoint is not None, "training ends with a checkpoint"
+    found = evaluate(checkpoint, fold=run.data.valid_fold)
+    right = found.probability.argmax(1) == found.target.argmax(1)
+    if found.confusion is None:
+        right = ((found.probability > 0.5) == (found.target > 0.5)).all(1)
+    return "".join("01"[int(hit)] for hit in right)
 
 
 def _epochs_done(run: RunConfig) -> int:

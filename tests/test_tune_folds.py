@@ -1,0 +1,278 @@
+"""Studies over noise: a trial that is the mean of several folds, races, finalists with other seeds, and costs."""
+
+import copy
+import signal
+import statistics
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.tune.schedulers import TrialScheduler
+from scipy.stats import binomtest
+from test_tune_study import call, cluster, command, recorded, study, wait_for  # noqa: F401
+
+from meamtm.config import RunConfig
+from meamtm.model.cost import cost
+from meamtm.tracking import read_rows
+from meamtm.training.checkpoint import newest
+from meamtm.training.evaluate import evaluate
+from meamtm.training.run import absolute, run_folder
+from tune.driver import make_scheduler
+from tune.folds import Folds
+from tune.history import choose, enqueue_finalists, open_study, point_of, repeat_of, repeats, trained
+from tune.plan import Plan, load_plan
+from tune.race import luck
+from tune.result import read_result
+from tune.search import TruthfulSearch
+from tune.study import run_study
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+FOLDS = ["data.valid_fold=null", "inner_folds=[2,3]"]
+
+
+def trial_runs(plan: Plan, trial: Any) -> list[RunConfig]:
+    """The runs of an Optuna trial, one for each fold."""
+    repeat = repeat_of(trial)
+    config = plan.trial(trial.number, point_of(trial), repeat.seed if repeat is not None else None)
+    return [absolute(run) for run in plan.runs(config)]
+
+
+# --- the epochs of several folds
+
+
+@given(values=st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_folds_count_on_and_end_at_the_mean_of_their_last_epochs(values: list[list[float]]) -> None:
+    folds, told = Folds("valid/accuracy", 3), []
+    for fold in values:
+        for epoch, value in enumerate(fold, 1):
+            told.append(folds.epoch({"epoch": epoch, "valid/accuracy": value, "train/loss": 0.5}))
+        assert folds.end({"epoch": 3, "valid/accuracy": fold[-1], "train/loss": 0.5}, "10") | {"hits": 0} == told[
+            -1
+        ] | {"hits": 0}
+    assert [row["epoch"] for row in told] == list(range(1, 3 * len(values) + 1))
+    assert [row["valid/accuracy"] for row in told[:3]] == values[0]
+    assert told[-1]["valid/accuracy"] == pytest.approx(statistics.fmean(fold[-1] for fold in values))
+
+
+def test_what_was_copied_does_not_go_on_to_the_next_fold() -> None:
+    folds = Folds("m", 3)
+    before = copy.copy(folds)
+    assert folds.end({"epoch": 3, "m": 1.0}, "01") == {"epoch": 3, "m": 1.0, "hits": "01"}
+    assert folds.end({"epoch": 3, "m": 0.0}, "11") == {"epoch": 6, "m": 0.5, "hits": "0111"}
+    assert before.epoch({"epoch": 2, "m": 0.3}) == {"epoch": 2, "m": 0.3}
+
+
+# --- the race
+
+
+@given(st.lists(st.sampled_from(["00", "01", "10", "11"]), max_size=60))
+def test_luck_is_the_exact_test_of_mcnemar(pairs: list[str]) -> None:
+    mine, others = ("".join(pair[place] for pair in pairs) for place in (0, 1))
+    lost, won = pairs.count("01"), pairs.count("10")
+    expected = binomtest(lost, lost + won, alternative="greater").pvalue if lost + won else 1.0
+    assert luck(mine, others) == pytest.approx(expected)
+    assert luck(mine, others + "0101") == luck(mine, others), "clips that were not heard yet do not count"
+
+
+@pytest.mark.parametrize("asha", [True, False])
+def test_a_race_ends_who_is_beaten_and_not_by_luck(tmp_path: Path, study: Path, asha: bool) -> None:  # noqa: F811
+    plan = load_plan(study, [*FOLDS, f"asha.enabled={str(asha).lower()}", "asha.grace_epochs=3"])
+    search = TruthfulSearch(plan)
+    search.suggest("a")
+    end = {"epoch": 8, "valid/accuracy": 0.8, "hits": "1" * 16 + "0" * 4 + "1" * 20}
+    search.on_trial_result("a", end)
+    search.on_trial_complete("a", end)
+    scheduler = make_scheduler(plan, open_study(plan))
+
+    def judge(hits: str, epoch: int, *, is_repeat: bool = False) -> str:
+        trial: Any = SimpleNamespace(trial_id=f"b{hits}{is_repeat}", config={"is_repeat": is_repeat})
+        controller: Any = None
+        scheduler.on_trial_add(controller, trial)
+        return scheduler.on_trial_result(controller, trial, {"epoch": epoch, "valid/accuracy": 0.9, "hits": hits})
+
+    beaten, unlucky, whole = "0" * 4 + "1" * 12 + "0" * 4, "0" * 3 + "1" * 13 + "0" * 4, "0" * 40
+    assert (luck(beaten, end["hits"]), luck(unlucky, end["hits"])) == (1 / 16, 1 / 8)
+    assert judge(beaten, 4) == TrialScheduler.STOP
+    assert judge(unlucky, 4) == TrialScheduler.CONTINUE
+    assert judge(beaten, 4, is_repeat=True) == TrialScheduler.CONTINUE
+    assert judge(whole, 8) == TrialScheduler.CONTINUE, "after its last fold a trial has nothing left to be spared"
+
+
+# --- whole studies
+
+
+@pytest.fixture(scope="module")
+def noisy(cluster, tmp_path_factory, packed, cache_dir):  # noqa: F811
+    """A study of three trials of two folds, two of which train again with two other seeds."""
+    from test_tune_study import write_study
+
+    path = write_study(tmp_path_factory.mktemp("noisy"), packed, cache_dir)
+    words = [*FOLDS, "trials=3", "asha.enabled=false", "race_p=0", "finalists=2"]
+    plan, lines = load_plan(path, words), []
+    return path, words, plan, run_study(plan, lines.append), lines
+
+
+@pytest.mark.ray
+def test_a_trial_is_worth_the_mean_of_its_folds(noisy) -> None:
+    plan = noisy[2]
+    searched = trained(open_study(plan))
+    assert len(searched) == 3
+    for trial in searched:
+        runs = trial_runs(plan, trial)
+        assert [run.data.valid_fold for run in runs] == [2, 3]
+        assert [run.data.test_fold for run in runs] == [1, 1]
+        rows = [read_rows(run_folder(run) / "metrics.jsonl") for run in runs]
+        assert sorted(trial.intermediate_values) == list(range(1, 9))
+        assert trial.value == pytest.approx(statistics.fmean(row[-1]["valid/accuracy"] for row in rows))
+        assert not any((run_folder(run) / "test").exists() for run in runs), "a trial never hears the test fold"
+
+
+@pytest.mark.ray
+def test_a_trial_remembers_which_clips_it_named_right(noisy) -> None:
+    plan = noisy[2]
+    trial = trained(open_study(plan))[0]
+    named = ""
+    for run in trial_runs(plan, trial):
+        checkpoint = newest(run_folder(run))
+        assert checkpoint is not None
+        found = evaluate(checkpoint, fold=run.data.valid_fold)
+        named += "".join(str(int(hit)) for hit in found.probability.argmax(1) == found.target.argmax(1))
+    assert trial.user_attrs["hits"] == named
+    assert len(named) == 40
+
+
+@pytest.mark.ray
+def test_the_best_trials_train_again_with_other_seeds_which_choose(noisy) -> None:
+    _, _, plan, result, lines = noisy
+    optuna_study = open_study(plan)
+    ranked = sorted(trained(optuna_study), key=lambda trial: (-(trial.value or 0), trial.number))
+    again = Counter(repeat for trial in optuna_study.trials if (repeat := repeat_of(trial)) is not None)
+    assert again == {(trial.number, seed): 1 for trial in ranked[:2] for seed in (1, 2)}
+    for trial in optuna_study.trials:
+        if (repeat := repeat_of(trial)) is not None:
+            assert trial.state.name == "COMPLETE"
+            assert {run.train.seed for run in trial_runs(plan, trial)} == {repeat.seed}
+            assert trial.params == optuna_study.trials[repeat.number].params
+    means = {trial.number: statistics.fmean(repeats(optuna_study, trial.number)) for trial in ranked[:2]}
+    assert result.best == max(means, key=lambda number: (means[number], -number))
+    assert sum(line.startswith("finalist ") for line in lines) == 4
+
+
+@pytest.mark.ray
+def test_finalists_are_recorded_and_shown(noisy, capsys) -> None:
+    path, words, plan, result, _ = noisy
+    below = recorded(plan)
+    assert len(below[plan.name]) == 7
+    assert {run.info.status for runs in below.values() for run in runs} == {"FINISHED"}
+    assert sorted(run.data.tags.get("optuna.repeats", "") for run in below[plan.name])[:3] == ["", "", ""]
+    assert run_study(plan, pytest.fail) == result == read_result(plan)
+    call(["report", str(path), *words])
+    said = capsys.readouterr().out
+    assert "finalists, with other seeds" in said
+    assert said.count("complete") == 3, "the trials' table shows the search"
+
+
+@pytest.mark.ray
+def test_more_finalists_are_added_to_a_finished_study(noisy) -> None:
+    path, words, plan, _, _ = noisy
+    more, lines = load_plan(path, [*words, "finalists=3"]), []
+    result = run_study(more, lines.append)
+    assert result.study == plan.name
+    assert sum(line.startswith("finalist ") for line in lines) == 2, "those that are there do not train again"
+    assert sum(row.repeats is not None for row in result.rows) == 6
+    assert sum(row.repeats is None for row in result.rows) == 3
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_study_that_is_killed_in_its_second_fold_ends_as_one_that_was_not(noisy, tmp_path: Path) -> None:
+    """Losses on one thread repeat bit for bit, so the trial's epochs must too."""
+    path, _, plan, _, _ = noisy
+    words = [*FOLDS, "trials=1", "asha.enabled=false", f"studies_dir={tmp_path}", "max_concurrent=1"]
+    killed = load_plan(path, words)
+    with command(path, *words) as driver:
+        wait_for(driver, "to go")
+        while not list(killed.folder.glob("trials/*fold-3*/epoch-*")):
+            assert driver.poll() is None
+        driver.send_signal(signal.SIGKILL)
+    second = command(path, *words)
+    said, _ = second.communicate(timeout=600)
+    assert second.returncode == 0, said
+    (trial,) = trained(open_study(killed))
+    expected = open_study(plan).trials[0]
+    assert trial.params == expected.params
+    assert trial.intermediate_values == expected.intermediate_values
+    assert trial.user_attrs["hits"] == expected.user_attrs["hits"]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_folds_train_on_ray_workers(study: Path) -> None:  # noqa: F811
+    words = [*FOLDS, "trials=1", "train.epochs=2", "scale.workers=1"]
+    plan = load_plan(study, words)
+    driver = command(study, *words)
+    said, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, said
+    (trial,) = open_study(plan).trials
+    assert trial.state.name == "COMPLETE"
+    assert sorted(trial.intermediate_values) == [1, 2, 3, 4]
+    last = [read_rows(run_folder(run) / "metrics.jsonl")[-1]["valid/accuracy"] for run in trial_runs(plan, trial)]
+    assert trial.value == pytest.approx(statistics.fmean(last))
+    assert len(trial.user_attrs["hits"]) == 40
+
+
+@pytest.mark.ray
+def test_a_study_of_two_objectives_finds_the_best_for_each_cost(cluster, study: Path) -> None:  # noqa: F811
+    settings = yaml.safe_load(study.read_text())
+    settings["space"]["encoder.heads"] = {"int": [1, 8]}
+    settings["set"] = {key: value for key, value in settings["set"].items() if key not in settings["space"]}
+    study.write_text(yaml.safe_dump(settings | {"objective": ["valid/accuracy", "macs"], "trials": 4}))
+    plan = load_plan(study)
+    result = run_study(plan, lambda _: None)
+    assert [row.state for row in result.rows] == ["COMPLETE"] * 4, "a cheap trial is not stopped for being worse"
+    for row in result.rows:
+        assert row.cost == cost(plan.trial(row.number, row.point)).num_macs
+    assert (plan.folder / "report" / "pareto.png").stat().st_size > 5_000
+    assert result.best_row.value == max(row.value or 0 for row in result.rows)
+
+
+def test_finalists_of_two_objectives_lie_on_the_front(study: Path) -> None:  # noqa: F811
+    plan = load_plan(study, ["objective=[valid/accuracy,macs]", "finalists=3", "finalist_seeds=1"])
+    optuna_study = open_study(plan)
+    points = [(0.9, 40.0), (0.9, 30.0), (0.7, 50.0), (0.8, 20.0), (0.5, 20.0), (0.4, 5.0), (0.3, 1.0)]
+    for values in points:
+        optuna_study.tell(optuna_study.ask(), values)
+    enqueue_finalists(optuna_study, plan)
+    again = [repeat.number for trial in optuna_study.trials if (repeat := repeat_of(trial)) is not None]
+    assert again == [1, 3, 5]
+    for value in (0.6, 0.8, 0.1):
+        optuna_study.tell(optuna_study.ask(), [value, 1.0])
+    chosen = choose(optuna_study, plan)
+    assert chosen is not None
+    assert chosen.number == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inner_folds=[2,3]"], r"data\.valid_fold=2: inner_folds=\[2, 3\] says which folds validate; leave one out"),
+        (["data.valid_fold=null", "inner_folds=[1,2]"], r"inner_folds=\[1, 2\] holds data\.test_fold=1, so choices"),
+        (["data.valid_fold=null", "inner_folds=[2,2]"], r"inner_folds=\[2, 2\] names fold 2 twice; name each once"),
+        (["data.valid_fold=null", "inner_folds=[2,9]"], r"data\.valid_fold=9: .* has no such fold"),
+        (["objective=[valid/accuracy,euros]"], r"objective.*'params', 'macs' or 'tokens'"),
+        (["finalists=0"], r"finalists=0"),
+    ],
+)
+def test_a_mistake_in_folds_finalists_or_costs_gets_one_line(study, words, message, capfd) -> None:  # noqa: F811
+    import re
+
+    with pytest.raises(SystemExit, match="2"):
+        call([str(study), *words])
+    err = capfd.readouterr().err
+    assert re.search(message, err), err
+    assert len(err.strip().splitlines()) == 1

@@ -1,0 +1,54 @@
+"""A trial of several folds against the best one so far: who names fewer clips right, and not by luck, ends.
+
+Both have heard the same clips in the same order, so each clip that only one of them names right is a toss of a coin if
+they are equals (McNemar 1947). Finalists that train again run to their end."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from tune.history import ranked
+from tune.plan import Plan
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+
+def luck(hits: str, others: str) -> float:
+    """How probable it is that equals differ as much to the other's favour; hits are a 1 or 0 for each clip.
+
+    Of the other's, as many count as there are of one's own. 1 where they agree on all clips."""
+    lost = sum(mine < other for mine, other in zip(hits, others, strict=False))
+    won = sum(mine > other for mine, other in zip(hits, others, strict=False))
+    tosses = lost + won
+    return sum(math.comb(tosses, heads) for heads in range(lost, tosses + 1)) / 2**tosses
+
+
+class Race(TrialScheduler):
+    """Goes before one of Ray's schedulers, which judges what it lets go on."""
+
+    def __init__(self, plan: Plan, study: "Study", **options: Any) -> None:
+        super().__init__(**options)
+        self._plan, self._study = plan, study
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Says whether a trial goes on after an epoch."""
+        if trial.config["is_repeat"]:
+            return TrialScheduler.CONTINUE
+        if (hits := result.get("hits")) and self._is_beaten(hits):
+            return TrialScheduler.STOP
+        return super().on_trial_result(tune_controller, trial, result)  # type: ignore[reportAbstractUsage]
+
+    def _is_beaten(self, hits: str) -> bool:
+        best = next(iter(ranked(self._study, self._plan.config.mode)), None)
+        others = best.user_attrs.get("hits", "") if best is not None else ""
+        return len(others) > len(hits) and luck(hits, others) < self._plan.config.race_p
+
+
+class RacingASHA(Race, ASHAScheduler):
+    """A race between folds, and successive halving (Li 2020) within the first."""
+
+
+class RacingFIFO(Race, FIFOScheduler):
+    """A race between folds alone."""
