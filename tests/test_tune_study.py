@@ -211,6 +211,9 @@ def test_a_finished_study_is_not_run_again_and_reports_itself(finished_study, ca
     assert "importances" in capsys.readouterr().out
     names = {path.name for path in (plan.folder / "report").iterdir()}
     assert {"trials.csv", "history.png", "parallel.png", "slice-optim.lr.png", "slice-encoder.depth.png"} <= names
+    assert "sensitivity.png" in names
+    complete = sum(row.state == "COMPLETE" for row in finished_study.result.rows)
+    assert ("interactive.html" in names) == (complete > 1)
     with (plan.folder / "report" / "trials.csv").open() as file:
         assert [row["trial"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
 

@@ -69,6 +69,27 @@ def pareto_figure(rows: Sequence[Row], objective: str, mode: str, cost: str, pat
     return _save(figure, path)
 
 
+def sensitivity_figure(rows: Sequence[Row], key: str, group: str, objective: str, path: Path) -> Path:
+    """Draws the objective against one key, a colour for each value of another, of trials that trained to their end; a
+    line joins the medians of each third of a decade."""
+    figure, axes = _figure()
+    ended = [row for row in rows if row.state == "COMPLETE" and key in row.point and group in row.point]
+    values = sorted({row.point[group] for row in ended})  # type: ignore[reportArgumentType]
+    for number, value in enumerate(values):
+        mine = [row for row in ended if row.point[group] == value]
+        at, found = np.array([row.point[key] for row in mine], float), np.array([row.value for row in mine], float)
+        part = np.floor(3 * np.log10(at))
+        medians = [(10 ** ((third + 0.5) / 3), np.median(found[part == third])) for third in np.unique(part)]
+        axes.plot(at, found, "o", color=f"C{number}", alpha=0.5)
+        axes.plot(*zip(*medians, strict=True), "-", color=f"C{number}", label=f"{group} {value}")
+    axes.set_xscale("log")
+    axes.set_xlabel(key)
+    axes.set_ylabel(objective)
+    if ended:
+        axes.legend(frameon=False)
+    return _save(figure, path)
+
+
 def importance_figure(importances: Mapping[str, float], path: Path) -> Path:
     """Draws how much of the objective's variation each key explains."""
     figure, axes = _figure(height_in=1.2 + 0.32 * len(importances))

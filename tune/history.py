@@ -76,6 +76,15 @@ def trained(study: "Study") -> "list[FrozenTrial]":
     return [trial for trial in ended(study) if repeat_of(trial) is None]
 
 
+def search_alone(study: "Study") -> "Study":
+    """The search's trials that trained to their end, copied into memory, for what looks at whole studies."""
+    import optuna
+
+    copied = optuna.create_study(study_name=study.study_name, directions=study.directions)
+    copied.add_trials([trial for trial in trained(study) if trial.state.name == "COMPLETE"])
+    return copied
+
+
 def failed(study: "Study") -> "list[FrozenTrial]":
     """Trials that failed."""
     return [trial for trial in ended(study) if trial.state.name == "FAIL"]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from meamtm.config import Value
 from meamtm.errors import ConfigError
-from tune.history import open_study, rows
+from tune.history import open_study, rows, search_alone
 from tune.plan import Plan
 from tune.result import Result, Row
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from optuna import Study
     from rich.console import RenderableType
 
+RATE, DEPTH = "optim.lr", "encoder.depth"
+"""What small transformers are most sensitive to: deep ones bear fewer learning rates than shallow ones."""
 FEWEST_TRIALS = 5
 """Below so many trained to their end, importances would be noise alone."""
 ENOUGH_TRIALS = 20
@@ -130,12 +132,20 @@ def importances(study: "Study") -> dict[str, float]:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # optuna's, of keys that exist in some trials only
-        return get_param_importances(study, target=lambda trial: trial.values[0])
+        return get_param_importances(search_alone(study), target=lambda trial: trial.values[0])
 
 
 def write_report(plan: Plan, study: "Study") -> list[Path]:
     """Writes trials.csv and the figures, and returns their paths."""
-    from tune.figures import history_figure, importance_figure, parallel_figure, pareto_figure, slice_figure
+    from tune.figures import (
+        history_figure,
+        importance_figure,
+        parallel_figure,
+        pareto_figure,
+        sensitivity_figure,
+        slice_figure,
+    )
+    from tune.interactive import write_page
 
     folder, objective = plan.folder / "report", plan.config.metric
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +157,10 @@ def write_report(plan: Plan, study: "Study") -> list[Path]:
     files += [parallel_figure(trials, plan.space.ranges, objective, folder / "parallel.png")]
     for key, searched in plan.space.ranges.items():
         files.append(slice_figure(trials, key, searched, objective, folder / f"slice-{key}.png"))
+    if {RATE, DEPTH} <= plan.space.ranges.keys():
+        files.append(sensitivity_figure(trials, RATE, DEPTH, objective, folder / "sensitivity.png"))
+    if (page := write_page(plan, study, folder / "interactive.html")) is not None:
+        files.append(page)
     if plan.config.cost is not None:
         files.append(pareto_figure(trials, objective, plan.config.mode, plan.config.cost, folder / "pareto.png"))
     if shares := importances(study):
@@ -168,7 +182,7 @@ def _importance_table(study: "Study", shares: dict[str, float]) -> "RenderableTy
 
 
 def _num_complete(study: "Study") -> int:
-    return sum(row.state == "COMPLETE" for row in rows(study))
+    return sum(row.state == "COMPLETE" and row.repeats is None for row in rows(study))
 
 
 def _write_csv(trials: Sequence[Row], plan: Plan, path: Path) -> Path:

@@ -1,0 +1,32 @@
+"""A study -> one page on which its trials can be looked at from all sides, without a network."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tune.history import search_alone
+from tune.plan import Plan
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+FEWEST_TRIALS = 2
+"""Below so many trained to their end, there is nothing to compare."""
+
+
+def write_page(plan: Plan, study: "Study", path: Path) -> Path | None:
+    """Writes Optuna's parallel coordinates, slices and ranks of the trials that trained to their end, where there are
+    any to compare."""
+    from optuna.visualization import plot_parallel_coordinate, plot_rank, plot_slice
+
+    trials = search_alone(study)
+    if len(trials.trials) < FEWEST_TRIALS:
+        return None
+    shown = {"target": lambda trial: trial.values[0], "target_name": plan.config.metric}
+    figures = [plot_parallel_coordinate(trials, **shown), plot_slice(trials, **shown)]
+    pair = [key for key in ("optim.lr", "encoder.depth") if key in plan.space.ranges]
+    if len(pair) > 1:
+        figures.append(plot_rank(trials, params=pair, **shown))
+    parts = [figure.to_html(full_html=False, include_plotlyjs=not number) for number, figure in enumerate(figures)]
+    head = f'<!doctype html><meta charset="utf-8"><title>{plan.name}</title>'
+    path.write_text("\n".join([head, f"<h1>{plan.name}</h1>", *parts]), encoding="utf-8")
+    return path
