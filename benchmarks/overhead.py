@@ -7,7 +7,7 @@ neighbours take comes and goes within seconds. MLflow's deliveries, some 10 ms e
 that is not a bare step counts as ours. Half of each minute is the bare loop's, so checkpoints come every second one.
 A process gives the ratio of its sums, without the first epoch; the figure is the median of several processes.
 
-    python benchmarks/overhead.py [--config configs/esc10.yaml] [--epochs 32] [--data data/esc10] [--processes 5]
+    python benchmarks/overhead.py [--config configs/esc10.yaml] [--epochs 16] [--data data/esc10] [--processes 5]
 """
 
 import argparse
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/esc10.yaml")
     parser.add_argument("--data", default="data/esc10")
-    parser.add_argument("--epochs", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -29,7 +29,7 @@ CLIP_SAMPLES = 400 + (NUM_FRAMES - 1) * 160
 FRONT_END = {"kind": "kaldi", "num_bands": NUM_BANDS, "window_ms": 25, "hop_ms": 10, "fmin_hz": 20}
 AST = {"preset": "ast_base"}
 STRIDE_16 = {"stem": "patch", "stride": [16, 16], "heads": 12, "depth": 12, "mlp_ratio": 4.0, "pool": "cls_dist"}
-SMALL = {"stem_channels": [16, 32, 64, 128]}
+SMALL = {"stem_channels": [24, 48, 96, 192]}
 
 
 def ours(encoder: dict[str, Any], backend: str = "fft", precision: str = "bf16", **train: Any) -> Contender:
