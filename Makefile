@@ -18,7 +18,7 @@ quickstart: $(STAMP)  ## tune, train and test on the built-in sounds
 	@$(BIN)/python -m tune configs/tune/quickstart.yaml
 
 test: $(STAMP)  ## every test, real Ray and MLflow included
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)  ## processes and machines killed, again and again
 	@$(BIN)/python -m pytest -m faults

@@ -23,7 +23,7 @@ def cluster() -> Iterator[None]:
     """A cluster of two CPUs on this machine."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -59,6 +59,27 @@ def test_an_address_that_does_not_answer_is_named() -> None:
     code = "from meamtm.distributed import connect; connect('127.0.0.1:9')"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert "ServiceError: scale.address=127.0.0.1:9: no Ray cluster answers there" in done.stderr
+
+
+ANOTHER_CLUSTER = """
+import ray
+from ray.cluster_utils import Cluster
+from meamtm.distributed import connect, disconnect
+somebodys = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+connect(None)
+print(somebodys.address, ray.get_runtime_context().gcs_address)
+disconnect()
+somebodys.shutdown()
+"""
+
+
+def test_a_run_without_an_address_does_not_join_what_somebody_has_started_here() -> None:
+    """Ray would, and wait for a minute when they stop it."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", ANOTHER_CLUSTER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    somebodys, ours = done.stdout.split()[-2:]
+    assert somebodys != ours
 
 
 OUR_CLUSTER = """

@@ -77,7 +77,7 @@ def nodes() -> Iterator[Nodes]:
 def machine() -> Iterator[None]:
     """Two CPUs on one machine."""
     ray.shutdown()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 

@@ -47,7 +47,7 @@ def cluster():
     """Two CPUs for all studies of this module that run in this process."""
     mine = not ray.is_initialized()
     if mine:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     if mine:
         ray.shutdown()

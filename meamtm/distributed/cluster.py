@@ -37,7 +37,8 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             with _on_loopback():
-                ray.init(include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+                # Without "local" Ray would join what somebody has started here, and lose it when they stop it.
+                ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ServiceError(
             f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a "
