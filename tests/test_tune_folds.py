@@ -108,11 +108,11 @@ def test_a_race_ends_who_is_beaten_and_not_by_luck(tmp_path: Path, study: Path, 
 
 @pytest.fixture(scope="module")
 def noisy(cluster, tmp_path_factory, packed, cache_dir):  # noqa: F811
-    """A study of three trials of two folds, two of which train again with two other seeds."""
+    """A study of three trials of two folds, two of which train again with another seed."""
     from test_tune_study import write_study
 
     path = write_study(tmp_path_factory.mktemp("noisy"), packed, cache_dir)
-    words = [*FOLDS, "trials=3", "asha.enabled=false", "race_p=0", "finalists=2"]
+    words = [*FOLDS, "trials=3", "asha.enabled=false", "race_p=0", "finalists=2", "finalist_seeds=1"]
     plan, lines = load_plan(path, words), []
     return path, words, plan, run_study(plan, lines.append), lines
 
@@ -152,7 +152,7 @@ def test_the_best_trials_train_again_with_other_seeds_which_choose(noisy) -> Non
     optuna_study = open_study(plan)
     ranked = sorted(trained(optuna_study), key=lambda trial: (-(trial.value or 0), trial.number))
     again = Counter(repeat for trial in optuna_study.trials if (repeat := repeat_of(trial)) is not None)
-    assert again == {(trial.number, seed): 1 for trial in ranked[:2] for seed in (1, 2)}
+    assert again == {(trial.number, seed): 1 for trial in ranked[:2] for seed in [1]}
     for trial in optuna_study.trials:
         if (repeat := repeat_of(trial)) is not None:
             assert trial.state.name == "COMPLETE"
@@ -160,14 +160,14 @@ def test_the_best_trials_train_again_with_other_seeds_which_choose(noisy) -> Non
             assert trial.params == optuna_study.trials[repeat.number].params
     means = {trial.number: statistics.fmean(repeats(optuna_study, trial.number)) for trial in ranked[:2]}
     assert result.best == max(means, key=lambda number: (means[number], -number))
-    assert sum(line.startswith("finalist ") for line in lines) == 4
+    assert sum(line.startswith("finalist ") for line in lines) == 2
 
 
 @pytest.mark.ray
 def test_finalists_are_recorded_and_shown(noisy, capsys) -> None:
     path, words, plan, result, _ = noisy
     below = recorded(plan)
-    assert len(below[plan.name]) == 7
+    assert len(below[plan.name]) == 5
     assert {run.info.status for runs in below.values() for run in runs} == {"FINISHED"}
     assert sorted(run.data.tags.get("optuna.repeats", "") for run in below[plan.name])[:3] == ["", "", ""]
     assert run_study(plan, pytest.fail) == result == read_result(plan)
@@ -183,8 +183,8 @@ def test_more_finalists_are_added_to_a_finished_study(noisy) -> None:
     more, lines = load_plan(path, [*words, "finalists=3"]), []
     result = run_study(more, lines.append)
     assert result.study == plan.name
-    assert sum(line.startswith("finalist ") for line in lines) == 2, "those that are there do not train again"
-    assert sum(row.repeats is not None for row in result.rows) == 6
+    assert sum(line.startswith("finalist ") for line in lines) == 1, "those that are there do not train again"
+    assert sum(row.repeats is not None for row in result.rows) == 3
     assert sum(row.repeats is None for row in result.rows) == 3
 
 
@@ -211,30 +211,14 @@ def test_a_study_that_is_killed_in_its_second_fold_ends_as_one_that_was_not(nois
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(900)
-def test_folds_train_on_ray_workers(study: Path) -> None:  # noqa: F811
-    words = [*FOLDS, "trials=1", "train.epochs=2", "scale.workers=1"]
-    plan = load_plan(study, words)
-    driver = command(study, *words)
-    said, _ = driver.communicate(timeout=600)
-    assert driver.returncode == 0, said
-    (trial,) = open_study(plan).trials
-    assert trial.state.name == "COMPLETE"
-    assert sorted(trial.intermediate_values) == [1, 2, 3, 4]
-    last = [read_rows(run_folder(run) / "metrics.jsonl")[-1]["valid/accuracy"] for run in trial_runs(plan, trial)]
-    assert trial.value == pytest.approx(statistics.fmean(last))
-    assert len(trial.user_attrs["hits"]) == 40
-
-
-@pytest.mark.ray
 def test_a_study_of_two_objectives_finds_the_best_for_each_cost(cluster, study: Path) -> None:  # noqa: F811
     settings = yaml.safe_load(study.read_text())
     settings["space"]["encoder.heads"] = {"int": [1, 8]}
     settings["set"] = {key: value for key, value in settings["set"].items() if key not in settings["space"]}
-    study.write_text(yaml.safe_dump(settings | {"objective": ["valid/accuracy", "macs"], "trials": 4}))
+    study.write_text(yaml.safe_dump(settings | {"objective": ["valid/accuracy", "macs"], "trials": 2}))
     plan = load_plan(study)
     result = run_study(plan, lambda _: None)
-    assert [row.state for row in result.rows] == ["COMPLETE"] * 4, "a cheap trial is not stopped for being worse"
+    assert [row.state for row in result.rows] == ["COMPLETE"] * 2, "a cheap trial is not stopped for being worse"
     for row in result.rows:
         assert row.cost == cost(plan.trial(row.number, row.point)).num_macs
     assert (plan.folder / "report" / "pareto.png").stat().st_size > 5_000

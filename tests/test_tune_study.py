@@ -29,7 +29,7 @@ from meamtm.tracking.server import connect
 from meamtm.training.run import absolute, finished, run_folder
 from tune.__main__ import main
 from tune.driver import run_trials
-from tune.history import open_study
+from tune.history import open_study, point_of
 from tune.interrupt import interruptible
 from tune.plan import Plan, load_plan
 from tune.result import Result, read_result
@@ -221,18 +221,22 @@ def test_a_finished_study_is_not_run_again_and_reports_itself(finished_study, ca
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_trials_and_the_best_run_train_on_ray_workers(study):
-    words = ["trials=1", "train.epochs=2", "scale.workers=2"]
+    """Two folds one after the other, each a Ray Train run of its own."""
+    words = ["trials=1", "train.epochs=2", "scale.workers=2", "data.valid_fold=null", "inner_folds=[2,3]"]
     plan = load_plan(study, words)
     driver = command(study, *words)
     said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
     (trial,) = open_study(plan).trials
     assert trial.state.name == "COMPLETE"
-    assert sorted(trial.intermediate_values) == [1, 2]
+    assert sorted(trial.intermediate_values) == [1, 2, 3, 4]
+    runs = [absolute(run) for run in plan.runs(plan.trial(0, point_of(trial)))]
     checkpoint = Path(trial.user_attrs["checkpoint"])
-    assert checkpoint.name == "epoch-00002"
-    lines = read_rows(checkpoint.parent / "metrics.jsonl")
-    assert {row["step"]: row["valid/accuracy"] for row in lines} == trial.intermediate_values
+    assert (checkpoint.parent, checkpoint.name) == (run_folder(runs[1]), "epoch-00002")
+    first, second = ([row["valid/accuracy"] for row in read_rows(run_folder(run) / "metrics.jsonl")] for run in runs)
+    told = [*first, *((first[-1] + value) / 2 for value in second)]
+    assert [trial.intermediate_values[epoch] for epoch in (1, 2, 3, 4)] == pytest.approx(told)
+    assert len(trial.user_attrs["hits"]) == 40
     assert {run.info.status for runs in recorded(plan).values() for run in runs} == {"FINISHED"}
     result = read_result(plan)
     assert result is not None
