@@ -42,7 +42,7 @@ valid_changes = st.fixed_dictionaries(
     optional={
         "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True),
         "data.path": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12),
-        "data.clip_s": st.floats(1, 600),
+        "data.clip_s": st.floats(2, 600),
         "data.test_fold": st.none() | st.integers(0, 3),
         "data.valid_fold": st.none() | st.integers(4, 9),
         "mel.sample_rate_hz": st.integers(8_000, 192_000),
