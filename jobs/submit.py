@@ -28,10 +28,17 @@ FIRST_ANSWER_S = 5.0
 # Uploading the working folder, and a dashboard agent that is just starting, take their time.
 ANSWER_S = 120.0
 POLL_S = 0.5
+AGENT_S = 30.0
+"""How long a cluster that answers may take until it takes jobs; Ray's own server waits for ten seconds of it."""
+NO_AGENT = "No available agent"
 REMEDY = (
     "the cluster asks for a token: make one where it runs (`ray get-auth-token --generate`) before `ray start`, then "
     "here set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE (or keep the token in ~/.ray/auth_token)"
 )
+
+
+class NotReadyError(ServiceError):
+    """The cluster answers, and no node of it takes jobs yet."""
 
 
 class Cluster(JobSubmissionClient):
@@ -55,6 +62,11 @@ class Cluster(JobSubmissionClient):
             raise ConfigError(
                 "working_dir: its copy is larger than a cluster takes (100 MiB); keep data elsewhere, "
                 "or name what is large in excludes or .gitignore"
+            )
+        if NO_AGENT in r.text:
+            raise NotReadyError(
+                f"{address} takes no jobs after {AGENT_S:g} s: the agent of its node has not started; where another "
+                f"Ray runs on that machine, start this one with `ray start --head --dashboard-agent-listen-port=0`"
             )
         raise ServiceError(
             f"{address} refused {r.request.method} {r.request.path_url} ({r.status_code}: {_last_line(r.text)}); "
@@ -81,14 +93,24 @@ def connect(address: str) -> Cluster:
 
 
 def submit(cluster: Cluster, submission: Submission) -> str:
-    """Copies the working folder and starts the job; returns its ID without waiting for it."""
-    return cluster.submit_job(
-        entrypoint=submission.entrypoint,
-        submission_id=submission.id,
-        runtime_env=submission.runtime_env,
-        entrypoint_num_cpus=submission.cpus,
-        entrypoint_num_gpus=submission.gpus,
-    )
+    """Copies the working folder and starts the job; returns its ID without waiting for it.
+
+    A cluster that has just started takes some seconds until it takes jobs; it is asked again meanwhile.
+    """
+    deadline_s = time.monotonic() + AGENT_S
+    while True:
+        try:
+            return cluster.submit_job(
+                entrypoint=submission.entrypoint,
+                submission_id=submission.id,
+                runtime_env=submission.runtime_env,
+                entrypoint_num_cpus=submission.cpus,
+                entrypoint_num_gpus=submission.gpus,
+            )
+        except NotReadyError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(POLL_S)
 
 
 def details(cluster: Cluster, job_id: str) -> JobDetails:

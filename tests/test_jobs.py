@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from mlflow.entities import Run
 
 from jobs.__main__ import main
-from jobs.spec import JobConfig, conceal, find_address, is_this_machine, load_job, make_word, prepare
+from jobs.spec import JobConfig, Submission, conceal, find_address, is_this_machine, load_job, make_word, prepare
 from meamtm.config import build, parse_changes
 from meamtm.data.pack import read_card
 from meamtm.errors import ConfigError, ServiceError
@@ -321,6 +321,56 @@ def test_a_web_server_that_is_not_rays_is_told(monkeypatch: pytest.MonkeyPatch) 
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with closing(server.socket), pytest.raises(ServiceError, match="answers, but not as Ray's dashboard does"):
         connect(f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+
+
+class Starting(BaseHTTPRequestHandler):
+    """Answers as Ray's dashboard does while the agent of its node has not started, so many times."""
+
+    refusals = 0
+
+    def do_GET(self) -> None:
+        self.answer(200, json.dumps({"ray_version": ray.__version__}))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if type(self).refusals:
+            type(self).refusals -= 1
+            self.answer(500, "No available agent to submit job, please try again later.")
+        else:
+            self.answer(200, json.dumps({"job_id": "a", "submission_id": "a"}))
+
+    def answer(self, code: int, text: str) -> None:
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Keeps the test's output clean."""
+
+
+@pytest.mark.parametrize("refusals", [2, 1_000])
+def test_a_cluster_that_has_just_started_is_asked_again_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    import jobs.submit
+
+    monkeypatch.setattr(jobs.submit, "AGENT_S", 3.0)
+    monkeypatch.setattr(Starting, "refusals", refusals)
+    server = HTTPServer(("127.0.0.1", 0), Starting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    submission = Submission("a", address, "true", {}, 0, 0)
+    with closing(server.socket):
+        cluster = jobs.submit.connect(address)
+        if refusals == 2:
+            assert jobs.submit.submit(cluster, submission) == "a"
+            assert Starting.refusals == 0
+        else:
+            with pytest.raises(
+                ServiceError, match=rf"{address} takes no jobs after 3 s: .*--dashboard-agent-listen-po"
+            ):
+                jobs.submit.submit(cluster, submission)
     server.shutdown()
 
 
