@@ -23,8 +23,8 @@ settings.load_profile("meamtm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts files with real clusters first: they take minutes, and what comes last should end on both cores at once."""
-    slow = {item.path for item in items if item.get_closest_marker("ray")}
+    """Puts files that take minutes first, so that what comes last ends on both cores at once."""
+    slow = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
