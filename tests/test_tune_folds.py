@@ -1,6 +1,7 @@
 """Studies over noise: a trial that is the mean of several folds, races, finalists with other seeds, and costs."""
 
 import copy
+import re
 import signal
 import statistics
 from collections import Counter
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
 from scipy.stats import binomtest
-from test_tune_study import call, cluster, command, recorded, study, wait_for  # noqa: F401
+from test_tune_study import call, cluster, command, recorded, study, wait_for, write_study  # noqa: F401
 
 from meamtm.config import RunConfig
 from meamtm.model.cost import cost
@@ -24,7 +25,7 @@ from meamtm.training.evaluate import evaluate
 from meamtm.training.run import absolute, run_folder
 from tune.driver import make_scheduler
 from tune.folds import Folds
-from tune.history import choose, enqueue_finalists, open_study, point_of, repeat_of, repeats, trained
+from tune.history import choose, enqueue_finalists, open_study, point_of, repeat_of, repeats, seed_of, settle, trained
 from tune.plan import Plan, load_plan
 from tune.race import luck
 from tune.result import read_result
@@ -37,9 +38,7 @@ FOLDS = ["data.valid_fold=null", "inner_folds=[2,3]"]
 
 def trial_runs(plan: Plan, trial: Any) -> list[RunConfig]:
     """The runs of an Optuna trial, one for each fold."""
-    repeat = repeat_of(trial)
-    config = plan.trial(trial.number, point_of(trial), repeat.seed if repeat is not None else None)
-    return [absolute(run) for run in plan.runs(config)]
+    return [absolute(run) for run in plan.runs(plan.trial(trial.number, point_of(trial), seed_of(trial)))]
 
 
 # --- the epochs of several folds
@@ -51,9 +50,8 @@ def test_folds_count_on_and_end_at_the_mean_of_their_last_epochs(values: list[li
     for fold in values:
         for epoch, value in enumerate(fold, 1):
             told.append(folds.epoch({"epoch": epoch, "valid/accuracy": value, "train/loss": 0.5}))
-        assert folds.end({"epoch": 3, "valid/accuracy": fold[-1], "train/loss": 0.5}, "10") | {"hits": 0} == told[
-            -1
-        ] | {"hits": 0}
+        end = folds.end({"epoch": 3, "valid/accuracy": fold[-1], "train/loss": 0.5})
+        assert end == told[-1]
     assert [row["epoch"] for row in told] == list(range(1, 3 * len(values) + 1))
     assert [row["valid/accuracy"] for row in told[:3]] == values[0]
     assert told[-1]["valid/accuracy"] == pytest.approx(statistics.fmean(fold[-1] for fold in values))
@@ -109,8 +107,6 @@ def test_a_race_ends_who_is_beaten_and_not_by_luck(tmp_path: Path, study: Path, 
 @pytest.fixture(scope="module")
 def noisy(cluster, tmp_path_factory, packed, cache_dir):  # noqa: F811
     """A study of three trials of two folds, two of which train again with another seed."""
-    from test_tune_study import write_study
-
     path = write_study(tmp_path_factory.mktemp("noisy"), packed, cache_dir)
     words = [*FOLDS, "trials=3", "asha.enabled=false", "race_p=0", "finalists=2", "finalist_seeds=1"]
     plan, lines = load_plan(path, words), []
@@ -241,6 +237,16 @@ def test_finalists_of_two_objectives_lie_on_the_front(study: Path) -> None:  # n
     assert chosen.number == 3
 
 
+def test_a_finalist_that_a_time_budget_cuts_short_is_back_in_line(study: Path) -> None:  # noqa: F811
+    optuna_study = open_study(load_plan(study))
+    optuna_study.enqueue_trial({}, user_attrs={"repeats": (0, 1)})
+    finalist, other = optuna_study.ask(), optuna_study.ask()
+    for trial in (finalist, other):
+        trial.report(0.5, 1)
+    settle(optuna_study)
+    assert [trial.state.name for trial in optuna_study.trials] == ["WAITING", "PRUNED"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -253,8 +259,6 @@ def test_finalists_of_two_objectives_lie_on_the_front(study: Path) -> None:  # n
     ],
 )
 def test_a_mistake_in_folds_finalists_or_costs_gets_one_line(study, words, message, capfd) -> None:  # noqa: F811
-    import re
-
     with pytest.raises(SystemExit, match="2"):
         call([str(study), *words])
     err = capfd.readouterr().err

@@ -66,6 +66,12 @@ def repeat_of(trial: "Trial | FrozenTrial") -> Repeat | None:
     return Repeat(*found) if found is not None else None
 
 
+def seed_of(trial: "Trial | FrozenTrial") -> int | None:
+    """The seed that a trial was given; None for the base run's."""
+    repeat = repeat_of(trial)
+    return repeat.seed if repeat is not None else None
+
+
 def ended(study: "Study") -> "list[FrozenTrial]":
     """Finished trials that trained; suggestions that were rejected did not."""
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished() and not is_rejected(trial)]
@@ -109,11 +115,12 @@ def requeue(study: "Study") -> int:
 
 
 def settle(study: "Study") -> None:
-    """Ends trials that a time budget cut short: PRUNED with what they measured, or, without that, back in line."""
+    """Ends trials that a time budget cut short: PRUNED with what they measured, or, without that, back in line, as are
+    finalists, which must train to their end."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.intermediate_values:
+        if trial.intermediate_values and repeat_of(trial) is None:
             study._storage.set_trial_user_attr(trial._trial_id, "stopped_by", "time_budget_s")
             study.tell(trial.number, state=TrialState.PRUNED)
         else:
@@ -212,5 +219,5 @@ def _row(trial: "FrozenTrial") -> Row:
         error=trial.user_attrs.get("error") if trial.state.name == "FAIL" else None,
         cost=trial.values[1] if trial.values and len(trial.values) > 1 else None,
         repeats=repeat.number if (repeat := repeat_of(trial)) is not None else None,
-        seed=repeat.seed if repeat is not None else None,
+        seed=seed_of(trial),
     )

@@ -9,6 +9,8 @@ from tune.plan import Plan
 if TYPE_CHECKING:
     from optuna import Study
 
+RATE, DEPTH = "optim.lr", "encoder.depth"
+"""What small transformers are most sensitive to: deep ones bear fewer learning rates than shallow ones."""
 FEWEST_TRIALS = 2
 """Below so many trained to their end, there is nothing to compare."""
 
@@ -23,9 +25,8 @@ def write_page(plan: Plan, study: "Study", path: Path) -> Path | None:
         return None
     shown = {"target": lambda trial: trial.values[0], "target_name": plan.config.metric}
     figures = [plot_parallel_coordinate(trials, **shown), plot_slice(trials, **shown)]
-    pair = [key for key in ("optim.lr", "encoder.depth") if key in plan.space.ranges]
-    if len(pair) > 1:
-        figures.append(plot_rank(trials, params=pair, **shown))
+    if {RATE, DEPTH} <= plan.space.ranges.keys():
+        figures.append(plot_rank(trials, params=[RATE, DEPTH], **shown))
     parts = [figure.to_html(full_html=False, include_plotlyjs=not number) for number, figure in enumerate(figures)]
     head = f'<!doctype html><meta charset="utf-8"><title>{plan.name}</title>'
     path.write_text("\n".join([head, f"<h1>{plan.name}</h1>", *parts]), encoding="utf-8")

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from optuna import Study
     from rich.console import RenderableType
 
-RATE, DEPTH = "optim.lr", "encoder.depth"
-"""What small transformers are most sensitive to: deep ones bear fewer learning rates than shallow ones."""
 FEWEST_TRIALS = 5
 """Below so many trained to their end, importances would be noise alone."""
 ENOUGH_TRIALS = 20
@@ -106,7 +104,7 @@ def _finalists_table(trials: Sequence[Row], objective: str, best: int | None = N
     table = Table(title="finalists, with other seeds", title_justify="left", header_style="bold", padding=(0, 1))
     for name in ("trial", f"{objective} in the search", "mean", "std", "runs"):
         table.add_column(name, no_wrap=True, justify="right")
-    for number, values in sorted(again.items(), key=lambda item: statistics.fmean(item[1]), reverse=True):
+    for number, values in again.items():
         searched = next(row.value for row in trials if row.number == number)
         cells = [
             number,
@@ -145,7 +143,7 @@ def write_report(plan: Plan, study: "Study") -> list[Path]:
         sensitivity_figure,
         slice_figure,
     )
-    from tune.interactive import write_page
+    from tune.interactive import DEPTH, RATE, write_page
 
     folder, objective = plan.folder / "report", plan.config.metric
     folder.mkdir(parents=True, exist_ok=True)

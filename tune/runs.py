@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from meamtm.config import RunConfig, flatten, run_name, signature
 from meamtm.errors import ServiceError
 from meamtm.tracking import MLflowSink, Status, has_all, resolve_uri, warn_of_rest
-from tune.history import OUTCOMES, Outcome, ended, point_of, repeat_of
+from tune.history import OUTCOMES, Outcome, ended, point_of, repeat_of, seed_of
 from tune.plan import Plan
 from tune.result import Result
 
@@ -77,8 +77,8 @@ def send_trials(plan: Plan, study: "Study", parent: MLflowSink, tags: Mapping[st
     from meamtm.training.run import absolute, run_folder
 
     for trial in ended(study):
-        repeat, outcome = repeat_of(trial), OUTCOMES[trial.state.name]
-        run = absolute(plan.trial(trial.number, point_of(trial), repeat.seed if repeat is not None else None))
+        outcome = OUTCOMES[trial.state.name]
+        run = absolute(plan.trial(trial.number, point_of(trial), seed_of(trial)))
         folder = run_folder(run)
         if not folder.exists() or has_all(folder, parent.uri, ENDS[outcome]):
             continue

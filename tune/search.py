@@ -21,7 +21,7 @@ from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.run import absolute, run_folder
 from tune.folds import Folds
-from tune.history import OUTCOMES, failed, judge, open_storage, point_of, repeat_of
+from tune.history import OUTCOMES, failed, judge, open_storage, point_of, repeat_of, seed_of
 from tune.limits import excess
 from tune.plan import Plan
 from tune.space import encode
@@ -64,8 +64,7 @@ class TruthfulSearch(OptunaSearch):
             point = self.plan.space(trial)
             reason = self._reject(trial, point)
             if reason is None:
-                repeats = repeat_of(trial)
-                run = absolute(self.plan.trial(trial.number, point, repeats.seed if repeats else None))
+                run = absolute(self.plan.trial(trial.number, point, seed_of(trial)))
                 trial.set_user_attr("ray_trial_id", trial_id)
                 trial.set_user_attr("signature", signature(run))
                 self._ot_trials[trial_id] = trial
@@ -74,7 +73,7 @@ class TruthfulSearch(OptunaSearch):
                 return {
                     "number": trial.number,
                     "metric": self.plan.config.metric,
-                    "is_repeat": repeats is not None,
+                    "is_repeat": repeat_of(trial) is not None,
                     "run": flatten(run),
                     "runs": [flatten(one) for one in runs],
                 }
