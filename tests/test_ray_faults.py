@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from tune.plan import load_plan
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.faults,
     pytest.mark.timeout(400),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     # Ray Data, which Ray Train sets up beside every run, builds its own defaults in a way that it calls deprecated.
@@ -115,16 +115,23 @@ def assert_as_if_nothing_had_happened(config: RunConfig, rows: list[dict[str, fl
         assert row == pytest.approx(expected, abs=SAME), f"epoch {row['epoch']}"
 
 
+def assert_is_at_work_again_within(most_s: float, folder: Path) -> None:
+    """Looks at the longest time between two epochs of a record, which is that of the fault."""
+    ends_s = [row["time"] for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
+    longest_s = max(after - before for before, after in pairwise(ends_s))
+    logging.info("at work again after %.1f s", longest_s)  # for docs/operations.md: pytest --log-level=INFO -rP
+    assert longest_s < most_s
+
+
 def test_a_run_survives_the_death_of_a_worker(machine: None, packed: Path, cache_dir: Path, tmp_path: Path) -> None:
     config = absolute(tiny(packed, cache_dir, tmp_path, {**CHANGES, "scale.workers": 2, "train.epochs": 12}))
     record = Record()
     running = in_background(config, record)
     until(lambda: newest(run_folder(config)))
     workers()[0].kill()
-    killed_s = time.monotonic()
     outcome = running.result(180)
-    assert time.monotonic() - killed_s < 60
     assert outcome.checkpoint.name == "epoch-00012"
+    assert_is_at_work_again_within(90, outcome.folder)
     assert_as_if_nothing_had_happened(config, record.rows, tmp_path)
     assert science(read_rows(outcome.folder / "metrics.jsonl"))[:12] == science(record.rows)
 
@@ -138,6 +145,7 @@ def test_a_run_survives_the_loss_of_a_node(nodes: Nodes, packed: Path, cache_dir
     nodes.nodes.append(nodes.add())
     outcome = running.result(240)
     assert outcome.checkpoint.name == "epoch-00012"
+    assert_is_at_work_again_within(120, outcome.folder)
     assert_as_if_nothing_had_happened(config, record.rows, tmp_path)
 
 
@@ -159,6 +167,7 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(
     nodes.nodes.append(nodes.add())
     until(lambda: len(workers()) == 2)
     assert running.result(240).checkpoint.name == "epoch-00200"
+    assert_is_at_work_again_within(120, folder)
     assert_as_if_nothing_had_happened(config, record.rows, tmp_path)
 
 
@@ -194,6 +203,7 @@ def test_a_run_on_workers_that_is_told_to_stop_is_continued_by_the_same_command(
     with command(config, tmp_path) as second:
         said = second.communicate()[1]
     assert second.returncode == 0, said
+    assert_is_at_work_again_within(120, folder)
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
     assert_as_if_nothing_had_happened(config, rows, tmp_path)
 
