@@ -27,7 +27,7 @@ from tune.plan import Plan, load_plan
 
 
 class Processors:
-    """Processor time that all programs together have taken, second by second, until `stop`."""
+    """Processor time that all programs together have taken, second by second, while a `with` block runs."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []

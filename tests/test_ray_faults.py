@@ -42,8 +42,6 @@ pytestmark = [
 CHANGES = {**PLAIN, "data.valid_fold": 2, "encoder.stem_activation": "silu", "optim.lr": 1e-3}
 """Two workers then differ from one by 1e-6 (tests/test_parallel.py)."""
 SAME = 1e-6
-SAME_AFTER_HUNDREDS_OF_STEPS = 1e-4
-"""Rounding grows with the steps that one worker took instead of two: 2.5e-6 after 56 epochs, at a loss of 1.5."""
 
 
 class Nodes:
@@ -109,15 +107,13 @@ def science(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not key.startswith(("time", "step"))} for row in rows]
 
 
-def assert_as_if_nothing_had_happened(
-    config: RunConfig, rows: list[dict[str, float]], folder: Path, same: float = SAME
-) -> None:
+def assert_as_if_nothing_had_happened(config: RunConfig, rows: list[dict[str, float]], folder: Path) -> None:
     """Compares epochs with those of a plain run, which no fault befell."""
     plain, alone = config.model_copy(update={"runs_dir": str(folder / "plain")}), Record()
     train(plain, local(plain, alone))
     assert [row["epoch"] for row in rows] == list(range(1, config.train.epochs + 1)), "each epoch is there once"
     for row, expected in zip(science(rows), science(alone.rows), strict=True):
-        assert row == pytest.approx(expected, abs=same), f"epoch {row['epoch']}"
+        assert row == pytest.approx(expected, abs=SAME), f"epoch {row['epoch']}"
 
 
 def assert_is_at_work_again_within(most_s: float, folder: Path) -> None:
@@ -136,7 +132,7 @@ def test_a_run_survives_the_death_of_a_worker(machine: None, packed: Path, cache
     workers()[0].kill()
     outcome = running.result(180)
     assert outcome.checkpoint.name == "epoch-00012"
-    assert_is_at_work_again_within(90, outcome.folder)
+    assert_is_at_work_again_within(60, outcome.folder)
     assert_as_if_nothing_had_happened(config, record.rows, tmp_path)
     assert science(read_rows(outcome.folder / "metrics.jsonl"))[:12] == science(record.rows)
 
@@ -158,6 +154,7 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(
     nodes: Nodes, packed: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     changes = {**CHANGES, "scale.workers": [1, 2], "scale.resize_s": 1, "scale.max_failures": 3, "train.epochs": 200}
+    changes["optim.lr"] = 1e-4  # at 1e-3 the rounding of one worker for two grows to 2.5e-6 within 56 epochs
     config = absolute(tiny(packed, cache_dir, tmp_path, changes))
     record = Record()
     running = in_background(config, record)
@@ -173,7 +170,7 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(
     until(lambda: len(workers()) == 2)
     assert running.result(240).checkpoint.name == "epoch-00200"
     assert_is_at_work_again_within(120, folder)
-    assert_as_if_nothing_had_happened(config, record.rows, tmp_path, SAME_AFTER_HUNDREDS_OF_STEPS)
+    assert_as_if_nothing_had_happened(config, record.rows, tmp_path)
 
 
 def command(config: RunConfig, folder: Path) -> subprocess.Popen[str]:

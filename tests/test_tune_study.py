@@ -220,9 +220,10 @@ def test_a_finished_study_is_not_run_again_and_reports_itself(finished_study, ca
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_trials_and_the_best_run_train_on_ray_workers(cluster, study):
-    """Two folds one after the other, each a Ray Train run of its own; how several workers share one is tested apart."""
-    words = ["trials=1", "train.epochs=2", "scale.workers=1", "data.valid_fold=null", "inner_folds=[2,3]"]
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.faults)])
+def test_trials_and_the_best_run_train_on_ray_workers(cluster, study, workers):
+    """Two folds one after the other, each a Ray Train run of its own."""
+    words = ["trials=1", "train.epochs=2", f"scale.workers={workers}", "data.valid_fold=null", "inner_folds=[2,3]"]
     plan = load_plan(study, words)
     result = run_study(plan, lambda _: None)
     (trial,) = open_study(plan).trials
