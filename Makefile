@@ -20,8 +20,8 @@ quickstart: $(STAMP)  ## tune, train and test on the built-in sounds
 test: $(STAMP)  ## every test, real Ray and MLflow included
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-soak: $(STAMP)  ## processes and machines killed, again and again
-	@$(BIN)/python -m pytest -m faults
+soak: $(STAMP)  ## a run, a study and a report killed at sixty-five random moments, and models compiled as users do
+	@$(BIN)/python -m pytest -m soak
 
 check: $(STAMP) audit  ## lint, format, types, and what audit finds
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright

@@ -67,7 +67,7 @@ def test_an_exported_model_equals_the_model(kind: str) -> None:
     [
         ("conv", {"options": {"cpp.simdlen": 1}}),  # without vectors, which takes a quarter less time
         ("ast", {"backend": "aot_eager"}),  # the same graph, of which no C++ is made: a minute less
-        *(pytest.param(kind, {}, marks=pytest.mark.faults) for kind in KINDS),  # as users call it
+        *(pytest.param(kind, {}, marks=pytest.mark.soak) for kind in KINDS),  # as users call it
     ],
 )
 @torch.no_grad()

@@ -16,7 +16,7 @@ from meamtm.data.packed import read_card
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.run import run_folder
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 
 def limited(largest_bytes: int | None, *words: object) -> subprocess.CompletedProcess[str]:

@@ -111,7 +111,7 @@ def peak_mb(code: str, *words: object) -> float:
     return peaks[1] - peaks[0]
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_an_hour_long_file_is_packed_in_bounded_memory(tmp_path: Path) -> None:
     """In stereo at 44.1 kHz, as a recorder writes it: 635 MB."""
     for name in ("owl", "cat"):
@@ -126,7 +126,7 @@ def test_an_hour_long_file_is_packed_in_bounded_memory(tmp_path: Path) -> None:
     assert used_mb < MOST_MB
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_table_of_a_million_rows_is_packed_in_bounded_memory(tmp_path: Path) -> None:
     """Of a hundred files that are there, and others that are not."""
     (tmp_path / "in").mkdir()

@@ -650,7 +650,6 @@ def assert_goes_on_after_ctrl_c(head: Head, job_id: str) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.faults
 def test_a_job_that_is_killed_goes_on_when_it_is_submitted_again(head: Head, packed: Path) -> None:
     runs = head.folder / "killed"
     words = ["submit", "configs/jobs/train.yaml", f"runs_dir={runs}", f"data.path={packed}", "name=killed"]

@@ -17,7 +17,7 @@ from meamtm.training.lock import held
 from meamtm.training.run import run_folder
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_second_process_is_told_who_trains_the_run_and_takes_over_from_a_dead_one(
     packed: Path, cache_dir: Path, tmp_path: Path
 ) -> None:

@@ -33,7 +33,6 @@ from tune.plan import load_plan
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.faults,
     pytest.mark.timeout(400),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     # Ray Data, which Ray Train sets up beside every run, builds its own defaults in a way that it calls deprecated.

@@ -22,7 +22,7 @@ from meamtm.training.train import train
 from tune.history import open_study
 from tune.plan import load_plan
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(3_000)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(3_000)]
 ROOT = Path(__file__).parents[1]
 RUN_KILLS, STUDY_KILLS, REPORT_KILLS = 30, 25, 10
 

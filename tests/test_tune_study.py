@@ -220,7 +220,7 @@ def test_a_finished_study_is_not_run_again_and_reports_itself(finished_study, ca
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_trials_and_the_best_run_train_on_ray_workers(cluster, study, workers):
     """Two folds one after the other, each a Ray Train run of its own."""
     words = ["trials=1", "train.epochs=2", f"scale.workers={workers}", "data.valid_fold=null", "inner_folds=[2,3]"]
