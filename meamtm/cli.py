@@ -1,29 +1,23 @@
-"""The `meamtm` command. It alone prints, with `screen`; commands import what is heavy themselves, so help is quick."""
+"""The `meamtm` command. With `screen` and `tables` it alone prints; commands import what is heavy, so help is quick."""
 
 import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from meamtm.errors import FULL_DISK, MeamtmError
 from meamtm.screen import bar, counting, epoch_bar, leave_quickly, run_bars, steps, stop_on_signal
+from meamtm.tables import print_answers, print_crossval, print_evaluation, print_settings
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from meamtm.config import RunConfig
-    from meamtm.crossval import CrossValidation
     from meamtm.inference.predict import Answer
-    from meamtm.training.evaluate import Evaluation
 
 
 class Dataset(StrEnum):
@@ -39,7 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A small folder of labelled sounds becomes a good classifier: pack, train, evaluate, predict.",
 )
-console = Console(markup=False, highlight=False)  # names of files and classes may hold [brackets]
 Changes = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changed settings, as `meamtm show` names them")
 ]
@@ -124,17 +117,13 @@ def pack(
 @app.command()
 def show(config: ConfigPath, changes: Changes = None) -> None:
     """Print the resolved settings and what they cost."""
-    from meamtm.config import RunConfig, describe, flatten, load, parse_changes, run_name
+    from meamtm.config import load, parse_changes
 
     resolved = load(config, parse_changes(changes or []))  # before torch is loaded: a mistake shows at once
     from meamtm.model.cost import cost
     from meamtm.model.memory import peak_training_bytes
 
-    defaults = flatten(RunConfig())
-    table = Table("key", "value", "meaning", title=run_name(resolved), title_justify="left")
-    for key, value in flatten(resolved).items():
-        table.add_row(key, str(value), describe(RunConfig, key), style="bold" if value != defaults[key] else None)
-    console.print(table)
+    print_settings(resolved)
     price = cost(resolved, _num_labels(resolved))
     typer.echo(
         f"{price.num_params:,} parameters, {price.num_tokens} tokens, "
@@ -168,7 +157,7 @@ def train(
     if is_done:
         typer.echo("this run is done; nothing was trained. Change a setting or `name` for another one.")
     if outcome.evaluation is not None:
-        _print_evaluation(outcome.evaluation)
+        print_evaluation(outcome.evaluation)
     typer.echo(f"checkpoint  {outcome.checkpoint}\nrun folder  {outcome.folder}")
     if settings.tracking.mlflow and settings.tracking.uri:
         typer.echo(f"MLflow      {how_to_open(settings.tracking.uri)}")
@@ -183,7 +172,7 @@ def evaluate(
     """Test a checkpoint on the fold that it never saw, or on other data."""
     from meamtm.training.evaluate import evaluate as test
 
-    _print_evaluation(test(checkpoint, data, fold))
+    print_evaluation(test(checkpoint, data, fold))
 
 
 @app.command()
@@ -204,7 +193,7 @@ def crossval(
     with stop_on_signal() as should_stop, bar() as progress:
         heard = run_bars(progress, names, settings.train.epochs)
         result = cross_validate(settings, folds=chosen, num_seeds=seeds, heard=heard, should_stop=should_stop)
-    _print_crossval(result)
+    print_crossval(result)
 
 
 @app.command()
@@ -225,15 +214,7 @@ def predict(
         write_csv(out, classes, answers)
         typer.echo(f"{len(answers)} files: {out}")
         return
-    table = Table("file", "class", "probability", "next")
-    for answer in answers:
-        if answer.values is None:
-            table.add_row(str(answer.path), answer.problem, "", "", style="dim")
-            continue
-        first, second = answer.values.argsort()[::-1][:2]
-        next_best = f"{classes[second]} {answer.values[second]:.3f}"
-        table.add_row(str(answer.path), classes[first], f"{answer.values[first]:.3f}", next_best)
-    console.print(table)
+    print_answers(answers, classes)
 
 
 @app.command()
@@ -287,46 +268,6 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(word) for word in text.split(",") if word.strip()]
     except ValueError as error:
         raise MeamtmError(f"{option}={text}: not whole numbers; write them as 1,2") from error
-
-
-def _print_crossval(result: "CrossValidation") -> None:
-    import numpy as np
-
-    table = Table("fold", *(f"seed {seed}" for seed in result.seeds), "mean")
-    for fold in result.folds:
-        values = result.values(fold=fold)
-        table.add_row(str(fold), *(f"{value:.4f}" for value in values), f"{sum(values) / len(values):.4f}")
-    means = result.seed_means()
-    table.add_section()
-    table.add_row("mean", *(f"{value:.4f}" for value in means), f"{sum(means) / len(means):.4f}")
-    console.print(table)
-    if result.confusion is not None:
-        _print_per_class(np.array(result.confusion), result.classes)
-    figures = result.figures()
-    mean, std, std_of_seeds = (figures[f"crossval/{result.score}_{kind}"] for kind in ("mean", "std", "std_of_seeds"))
-    typer.echo(f"test {result.score} {mean:.4f} ± {std:.4f} over {len(result.rows)} runs")
-    if len(means) > 1:
-        typer.echo(f"a seed's mean over the folds varies by ± {std_of_seeds:.4f}")
-    typer.echo(f"folder      {result.folder}")
-
-
-def _print_evaluation(evaluation: "Evaluation") -> None:
-    where = "all clips" if evaluation.fold is None else f"fold {evaluation.fold}"
-    figures = (f"{key.removeprefix('test/')} {value:.4f}" for key, value in evaluation.metrics.items())
-    typer.echo(f"test on {where}: {len(evaluation.clip_ids)} clips, {', '.join(figures)}")
-    if evaluation.confusion is None:
-        return
-    _print_per_class(evaluation.confusion, evaluation.classes)
-
-
-def _print_per_class(confusion: "NDArray[np.int64]", classes: "Sequence[str]") -> None:
-    from meamtm.tracking import per_class
-
-    table = Table("class", "precision", "recall", "F1", "clips")
-    for row in per_class(confusion, classes):
-        scores = (f"{row[key]:.2f}" for key in ("precision", "recall", "f1"))
-        table.add_row(str(row["class"]), *scores, f"{row['support']:g}")
-    console.print(table)
 
 
 if __name__ == "__main__":

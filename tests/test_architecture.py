@@ -23,6 +23,7 @@ LEFT_TO_RIGHT = (
     ("distributed",),
     ("crossval",),
     ("screen",),
+    ("tables",),
     ("cli",),
     ("tune",),
     ("jobs",),

@@ -1,0 +1,85 @@
+"""What the `meamtm` command answers with: tables of settings, of tests and of files."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from meamtm.config import RunConfig
+    from meamtm.crossval import CrossValidation
+    from meamtm.inference.predict import Answer
+    from meamtm.training.evaluate import Evaluation
+
+console = Console(markup=False, highlight=False)  # names of files and classes may hold [brackets]
+
+
+def print_settings(config: "RunConfig") -> None:
+    """Prints every key with its value and meaning; what differs from the defaults is bold."""
+    from meamtm.config import RunConfig, describe, flatten, run_name
+
+    defaults = flatten(RunConfig())
+    table = Table("key", "value", "meaning", title=run_name(config), title_justify="left")
+    for key, value in flatten(config).items():
+        table.add_row(key, str(value), describe(RunConfig, key), style="bold" if value != defaults[key] else None)
+    console.print(table)
+
+
+def print_crossval(result: "CrossValidation") -> None:
+    """Prints a row per fold, a column per seed, the classes, and mean and deviation."""
+    import numpy as np
+
+    table = Table("fold", *(f"seed {seed}" for seed in result.seeds), "mean")
+    for fold in result.folds:
+        values = result.values(fold=fold)
+        table.add_row(str(fold), *(f"{value:.4f}" for value in values), f"{sum(values) / len(values):.4f}")
+    means = result.seed_means()
+    table.add_section()
+    table.add_row("mean", *(f"{value:.4f}" for value in means), f"{sum(means) / len(means):.4f}")
+    console.print(table)
+    if result.confusion is not None:
+        _print_per_class(np.array(result.confusion), result.classes)
+    figures = result.figures()
+    mean, std, std_of_seeds = (figures[f"crossval/{result.score}_{kind}"] for kind in ("mean", "std", "std_of_seeds"))
+    typer.echo(f"test {result.score} {mean:.4f} ± {std:.4f} over {len(result.rows)} runs")
+    if len(means) > 1:
+        typer.echo(f"a seed's mean over the folds varies by ± {std_of_seeds:.4f}")
+    typer.echo(f"folder      {result.folder}")
+
+
+def print_evaluation(evaluation: "Evaluation") -> None:
+    """Prints what a checkpoint does on clips that it has never met, and how well it knows each class."""
+    where = "all clips" if evaluation.fold is None else f"fold {evaluation.fold}"
+    figures = (f"{key.removeprefix('test/')} {value:.4f}" for key, value in evaluation.metrics.items())
+    typer.echo(f"test on {where}: {len(evaluation.clip_ids)} clips, {', '.join(figures)}")
+    if evaluation.confusion is None:
+        return
+    _print_per_class(evaluation.confusion, evaluation.classes)
+
+
+def print_answers(answers: "Sequence[Answer]", classes: Sequence[str]) -> None:
+    """Prints each file's class and the next best one, or why it could not be heard."""
+    table = Table("file", "class", "probability", "next")
+    for answer in answers:
+        if answer.values is None:
+            table.add_row(str(answer.path), answer.problem, "", "", style="dim")
+            continue
+        first, second = answer.values.argsort()[::-1][:2]
+        next_best = f"{classes[second]} {answer.values[second]:.3f}"
+        table.add_row(str(answer.path), classes[first], f"{answer.values[first]:.3f}", next_best)
+    console.print(table)
+
+
+def _print_per_class(confusion: "NDArray[np.int64]", classes: "Sequence[str]") -> None:
+    from meamtm.tracking import per_class
+
+    table = Table("class", "precision", "recall", "F1", "clips")
+    for row in per_class(confusion, classes):
+        scores = (f"{row[key]:.2f}" for key in ("precision", "recall", "f1"))
+        table.add_row(str(row["class"]), *scores, f"{row['support']:g}")
+    console.print(table)
