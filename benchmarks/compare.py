@@ -1,0 +1,125 @@
+"""Configs against each other, or a recipe against itself without one ingredient after the other (`--ablate`).
+
+All are trained and tested on the same folds with the same seeds by `meamtm.crossval`, whose runs are kept: the same
+command again continues, and more seeds add to what is there. Prints a table, in points of the first row, and writes
+CSV. From the repository root:
+
+    python benchmarks/compare.py configs/esc10.yaml configs/notebook.yaml [--folds 1,2] [--seeds 3] [KEY=VALUE ...]
+    python benchmarks/compare.py configs/esc10.yaml --ablate [mixing masks ...]
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from meamtm.config import RunConfig, Value, load, override, parse_changes
+from meamtm.crossval import CrossValidation, cross_validate, deviation, plan_runs
+from meamtm.errors import MeamtmError
+from meamtm.screen import bar, run_bars, stop_on_signal
+from meamtm.tracking import read_rows
+
+WITHOUT: dict[str, dict[str, Value]] = {
+    "mixing": {"mix.kind": "none"},
+    "shifts": {"augment.roll": 0.0},
+    "speeds": {"augment.speed": 0.0},
+    "gains": {"augment.gain_db": 0.0},
+    "masks": {"augment.time_mask": 0.0, "augment.freq_mask": 0.0},
+    "smoothing": {"loss.label_smoothing": 0.0},
+    "averaging": {"train.ema_decay": 0.0},
+    "schedule": {"optim.schedule": "constant"},
+    "warm-up": {"optim.warmup": 0.0},
+    "decay": {"optim.weight_decay": 0.0},
+    "clipping": {"optim.clip_grad": 0.0},
+    "drop-path": {"encoder.drop_path": 0.0},
+    "stem": {"encoder.stem": "patch"},
+}
+"""What takes each ingredient out of a recipe."""
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="CONFIG or KEY=VALUE", help="YAML files, and changes to all")
+    parser.add_argument("--folds", default="", help="folds to test, as 1,2; all by default")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each fold")
+    parser.add_argument("--ablate", nargs="*", choices=list(WITHOUT), help="the first config without each of these")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare.csv"), help="CSV to write")
+    options = parser.parse_args()
+    changes = parse_changes([word for word in options.words if "=" in word])
+    variants = {path: load(path, changes) for path in options.words if "=" not in path}
+    if options.ablate is not None:
+        variants |= ablated(next(iter(variants.values())), options.ablate or list(WITHOUT))
+    folds = [int(word) for word in options.folds.split(",") if word]
+    results: dict[str, CrossValidation] = {}
+    for name, config in variants.items():
+        results[name] = trained(name, config, folds, options.seeds)
+        show(results)
+        write(results, options.out)
+
+
+def ablated(recipe: RunConfig, names: list[str]) -> dict[str, RunConfig]:
+    """Takes one ingredient after the other out of a recipe, of those that it has."""
+    found = {f"without {name}": override(recipe, WITHOUT[name]) for name in names}
+    return {name: config for name, config in found.items() if config != recipe}
+
+
+def trained(name: str, config: RunConfig, folds: list[int], num_seeds: int) -> CrossValidation:
+    """Trains and tests one config, or reads what it found before."""
+    runs = [f"{name}: fold {fold}, seed {seed}" for fold, seed in plan_runs(config, folds, num_seeds)]
+    with stop_on_signal() as should_stop, bar() as progress:
+        heard = run_bars(progress, runs, config.train.epochs)
+        return cross_validate(config, folds=folds, num_seeds=num_seeds, heard=heard, should_stop=should_stop)
+
+
+def rows(results: dict[str, CrossValidation]) -> list[dict[str, str]]:
+    """Gives each config's mean, its deviations, how far it lies from the first one, and what a run takes."""
+    first = statistics.fmean(next(iter(results.values())).values())
+    return [
+        {
+            "config": name,
+            "mean %": f"{100 * statistics.fmean(result.values()):.2f}",
+            "std of runs": f"{100 * deviation(result.values()):.2f}",
+            "std of seeds": f"{100 * deviation(result.seed_means()):.2f}",
+            "points": f"{100 * (statistics.fmean(result.values()) - first):+.2f}",
+            "runs": str(len(result.rows)),
+            "min a run": f"{statistics.median(minutes(Path(row.run_folder)) for row in result.rows):.1f}",
+        }
+        for name, result in results.items()
+    ]
+
+
+def minutes(folder: Path) -> float:
+    """Gives the time from the end of a run's first epoch to the end of its last; of one never interrupted."""
+    ends_s = [row["time"] for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
+    return (ends_s[-1] - ends_s[0]) / 60
+
+
+def show(results: dict[str, CrossValidation]) -> None:
+    """Prints what is known so far."""
+    found = rows(results)
+    table = Table(*found[0])
+    for row in found:
+        table.add_row(*row.values())
+    Console().print(table)
+
+
+def write(results: dict[str, CrossValidation], out: Path) -> None:
+    """Writes the table as CSV."""
+    found = rows(results)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MeamtmError as error:
+        sys.exit(f"compare: {error}")
