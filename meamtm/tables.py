@@ -69,7 +69,7 @@ def print_answers(answers: "Sequence[Answer]", classes: Sequence[str]) -> None:
         if answer.values is None:
             table.add_row(str(answer.path), answer.problem, "", "", style="dim")
             continue
-        first, second = answer.values.argsort()[::-1][:2]
+        first, second = (int(label) for label in answer.values.argsort()[::-1][:2])
         next_best = f"{classes[second]} {answer.values[second]:.3f}"
         table.add_row(str(answer.path), classes[first], f"{answer.values[first]:.3f}", next_best)
     console.print(table)

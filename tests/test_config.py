@@ -130,6 +130,7 @@ ANOTHER: dict[str, Any] = {
     "train.batch_size": 16,
     "train.seed": 1,
     "train.ema_decay": 0.0,
+    "train.recalibrate": False,
     "train.precision": "bf16",
     "train.keep": "best",
     "train.accumulation_steps": 2,

@@ -90,6 +90,11 @@ class TrainConfig(Section):
     ema_decay: float = Field(
         default=0.99, ge=0, lt=1, description="of the averaged weights that are evaluated and kept; 0: no averaging"
     )
+    recalibrate: bool = Field(
+        default=True,
+        description="batch norm's statistics anew, from clips as they are, for weights that are kept: training hears "
+        "mixed ones",
+    )
     keep: Literal["last", "best"] = Field(
         default="last",
         description="which epoch's weights are kept and tested: the last one's, or those best on data.valid_fold",

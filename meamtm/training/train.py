@@ -25,6 +25,7 @@ from meamtm.training.deterministic import deterministic
 from meamtm.training.evaluate import classify
 from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches
+from meamtm.training.recalibrate import recalibrate
 from meamtm.training.step import Best, Learner, make_learner, set_up_heap, settle_objects, train_step
 
 logger = logging.getLogger(__name__)
@@ -71,11 +72,15 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
                 raise Stopped(
                     f"stopped after {learner.epoch} epochs and {learner.batch} batches; the same command continues"
                 )
-        metrics = _finish_epoch(learner, len(split.train)) | _validate(learner, clips, split.valid, context)
-        if config.train.keep == "best":
+        metrics = _finish_epoch(learner, len(split.train))
+        is_last, keeps_best = learner.epoch == config.train.epochs, config.train.keep == "best"
+        if config.train.recalibrate and (is_last or keeps_best):
+            ranks = {"rank": context.rank, "world_size": context.world_size}
+            recalibrate(learner.evaluated, config, clips, split.train, **ranks)
+        metrics |= _validate(learner, clips, split.valid, context)
+        if keeps_best:
             metrics |= _keep_best(learner, metrics)
         metrics["time/epoch_s"] = time.monotonic() - began_s
-        is_last = learner.epoch == config.train.epochs
         is_due = _agreed(is_last or time.monotonic() - last_save_s >= config.train.checkpoint_s, learner)
         context.report(metrics, _save(learner, labels, metrics) if is_due and context.rank == 0 else None)
         if is_due:
