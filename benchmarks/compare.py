@@ -25,6 +25,8 @@ from meamtm.tracking import read_rows
 
 WITHOUT: dict[str, dict[str, Value]] = {
     "mixing": {"mix.kind": "none"},
+    "mixing-end": {"mix.until": 1.0},
+    "recalibration": {"train.recalibrate": False},
     "shifts": {"augment.roll": 0.0},
     "speeds": {"augment.speed": 0.0},
     "gains": {"augment.gain_db": 0.0},

@@ -1,6 +1,7 @@
 """Augmentation changes what a clip sounds like, never what it is, and only as far as the config allows."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,14 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny
 from torch import Tensor
 
 from meamtm.config import AugmentConfig, MixConfig
+from meamtm.data.clips import Clips
+from meamtm.data.loader import Loader
 from meamtm.training.augment import NOISE_RANGE_DB, augment_waveform, mix, spectrogram_mask
+from meamtm.training.prepare import training_batches
 
 OFF = {"roll": 0.0, "gain_db": 0.0, "speed": 0.0, "noise_db": None, "time_mask": 0.0, "freq_mask": 0.0}
 seeds = st.integers(0, 2**31)
@@ -227,6 +232,20 @@ def test_silence_mixes_without_harm() -> None:
         mixed, _ = mix(waveform, torch.eye(4), mixing(kind="between_class"), generator(seed))
         assert mixed.isfinite().all()
         assert mixed.abs().max() < 10
+
+
+@pytest.mark.parametrize(("until", "num_mixed"), [(0.0, 0), (0.5, 2), (0.6, 3), (1.0, 4)])
+def test_the_last_epochs_hear_clips_alone(
+    until: float, num_mixed: int, clips: Clips, packed: Path, cache_dir: Path
+) -> None:
+    """Of four epochs; one that begins before the fraction is over still mixes."""
+    config = tiny(packed, cache_dir, Path("runs"), {"mix.until": until})
+    loader = Loader(clips, np.arange(40), config.clip_samples, 20, seed=0, train=True)
+    are_mixed = []
+    for epoch in range(4):
+        batches = training_batches(loader, config, torch.device("cpu"), epoch=epoch)
+        are_mixed.append(any(bool((batch.target.amax(1) < 1).any()) for batch in batches))
+    assert are_mixed == [epoch < num_mixed for epoch in range(4)]
 
 
 def test_batches_are_mixed_as_often_as_asked_and_a_lone_clip_never() -> None:

@@ -114,6 +114,7 @@ ANOTHER: dict[str, Any] = {
     "augment.freq_mask": 0.2,
     "mix.kind": "mixup",
     "mix.prob": 0.5,
+    "mix.until": 1.0,
     "mix.alpha": 0.4,
     "loss.label_smoothing": 0.0,
     "optim.name": "sgd",

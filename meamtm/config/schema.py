@@ -51,6 +51,12 @@ class MixConfig(Section):
         default="between_class", description="between_class weighs by loudness (Tokozume 2018); mixup does not"
     )
     prob: float = Field(default=1.0, ge=0, le=1, description="probability that a batch is mixed")
+    until: float = Field(
+        default=0.85,
+        ge=0,
+        le=1,
+        description="fraction of the epochs that mix; the others hear clips alone, as a test does",
+    )
     alpha: float = Field(
         default=1.0, gt=0, le=20, description="the first clip's share is drawn from Beta(alpha, alpha)"
     )

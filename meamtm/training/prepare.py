@@ -35,17 +35,19 @@ def training_batches(
 
     What is random comes from (seed, epoch, batch, rank) alone, so a resumed run needs no random state.
     """
+    mixed = epoch < config.mix.until * config.train.epochs
     for number, batch in enumerate(loader.epoch(epoch, start), start):
-        yield prepare(batch, config, device, step_seed(config.train.seed, epoch, number, rank))
+        yield prepare(batch, config, device, step_seed(config.train.seed, epoch, number, rank), mixed=mixed)
 
 
-def prepare(batch: Batch, config: RunConfig, device: torch.device, seed: int) -> TrainingBatch:
+def prepare(batch: Batch, config: RunConfig, device: torch.device, seed: int, *, mixed: bool = True) -> TrainingBatch:
     """Augments, mixes and masks one batch."""
     generator = torch.Generator().manual_seed(seed)
     samples = torch.from_numpy(batch.waveform).to(device)  # 16 bits each on their way
     target = torch.from_numpy(batch.target).to(device)
     waveform = augment_waveform(samples, config.augment, generator)
-    waveform, target = mix(waveform, target, config.mix, generator)
+    if mixed:
+        waveform, target = mix(waveform, target, config.mix, generator)
     size = (len(waveform), config.mel.num_bands, config.num_frames)
     mask = spectrogram_mask(size, config.augment, generator)
     return TrainingBatch(waveform, target, None if mask is None else mask.to(device), batch.num_global, seed)
