@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny import Record, local, tiny
 
 from meamtm.config import flatten, write_yaml
+from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import load_state, newest
 from meamtm.training.context import Stopped
-from meamtm.training.run import run_folder
+from meamtm.training.run import absolute, run_folder, run_here
 from meamtm.training.train import train
 
 CHANGES = {
@@ -78,3 +79,19 @@ def test_two_epochs_killed_and_two_more_equal_four(packed: Path, cache_dir: Path
     assert newest(folder).name != "epoch-00004", "it was killed too late to show anything"
     train(killed, local(killed))
     assert_equal(newest(run_folder(whole)), newest(folder))
+
+
+def test_an_epoch_that_was_saved_but_not_told_is_told_later(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """A process may die between the two: as if it had, the last line of its record is missing."""
+    config = absolute(tiny(packed, cache_dir, tmp_path, CHANGES))
+    before, after, steps = Record(), Record(), iter(range(1, 100))
+    with pytest.raises(Stopped):
+        run_here(config, (before,), lambda: next(steps) >= 8)
+    lines = run_folder(config) / "metrics.jsonl"
+    *told, _lost = lines.read_text().splitlines(keepends=True)
+    lines.write_text("".join(told))
+    run_here(config, (after,))
+    epochs = [row for row in read_rows(lines) if "train/loss" in row]
+    assert [row["step"] for row in epochs] == [1, 2, 3, 4]
+    assert after.rows[0] == before.rows[-1]
+    assert [row["step"] for row in after.rows] == [2, 3, 4]

@@ -64,7 +64,17 @@ def run_here(
     device = choose_device(config.scale)
     with open_record(config) as sinks:
         context = LocalContext(run_folder(config), device, (sinks, *extra_sinks), should_stop)
+        _report_again(context)
         return conclude(config, train(config, context), sinks)
+
+
+def _report_again(context: LocalContext) -> None:
+    """Tells the sinks of the newest checkpoint's epoch if the process died after publishing it and before it told."""
+    found = context.resume_from()
+    metrics = {} if found is None else read_record(found)["metrics"]
+    told = {row["step"] for row in read_rows(context.folder / "metrics.jsonl")}
+    if metrics and metrics["epoch"] not in told:
+        context.report(metrics)
 
 
 def conclude(config: RunConfig, metrics: dict[str, float], sinks: Sinks) -> Outcome:
