@@ -1,8 +1,9 @@
 """Batch norm's statistics, taken anew from training clips as they are.
 
 What a model hears in training is shifted, played faster and mixed with other clips, so the means and variances that its
-batch norms gather are not those of the clips that it will be asked about. Averaged weights have none of their own at
-all (Izmailov 2018, section 3.2). What training itself does is not touched: it normalises by each batch."""
+batch norms gather are not those of the clips that it will be asked about. Averaged weights have but averages of what
+other weights gathered (Izmailov 2018, section 3.2). What training itself does is not touched: it normalises by each
+batch."""
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ def recalibrate(
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
-    size = {"clip_samples": config.clip_samples, "batch_size": config.train.batch_size}
-    loader = Loader(clips, indices, **size, seed=config.train.seed, train=True, rank=rank, world_size=world_size)
+    num_samples, batch_size, seed = config.clip_samples, config.train.batch_size, config.train.seed
+    loader = Loader(clips, indices, num_samples, batch_size, seed=seed, train=True, rank=rank, world_size=world_size)
     was_training, momentum = model.training, norms[0].momentum
     model.eval()
     for number, batch in enumerate(loader.epoch(0)):  # shuffled: batches of one class would vary too little
