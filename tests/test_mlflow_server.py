@@ -226,7 +226,7 @@ from threading import Barrier, Lock
 from meamtm.config import TrackingConfig
 from meamtm.tracking import open_sink
 uri, folder, first, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-one_by_one, together = Lock(), Barrier(count, timeout=100)
+one_by_one, together = Lock(), Barrier(count, timeout=600)
 def run(number):
     with open_sink(TrackingConfig(uri=uri, experiment="crowd"), folder / f"{number}", f"{number}") as sink:
         with one_by_one:
@@ -240,6 +240,7 @@ with ThreadPoolExecutor(count) as pool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(800)
 def test_two_hundred_runs_at_once_all_arrive_and_no_lock_is_heard_of(server: Server, tmp_path: Path) -> None:
     """At a server whose store is one SQLite file, from four processes; on a slow machine it may miss an answer's time
     limit, and a run then says that what it logs is kept."""
