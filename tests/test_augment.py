@@ -181,7 +181,7 @@ def test_shares_are_drawn_from_a_beta_distribution(alpha: float) -> None:
 
 @given(
     seed=seeds,
-    kind=st.sampled_from(["mixup", "between_class"]),
+    kind=st.sampled_from(["mixup", "between_class", "timemix"]),
     alpha=st.floats(0.01, 20),
     num_clips=st.integers(1, 9),
     num_labels=st.integers(2, 5),
@@ -224,6 +224,18 @@ def test_between_class_weights_follow_the_published_formula(seed: int) -> None:
     part = 1 / (1 + 10 ** ((level_db(first) - level_db(second)) / 20) * (1 - share) / share)
     expected = (part[:, None] * first + (1 - part)[:, None] * second) / (part**2 + (1 - part) ** 2).sqrt()[:, None]
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-4)
+
+
+@given(seed=seeds)
+@settings(max_examples=25, deadline=None)
+def test_timemix_plays_each_clip_for_its_share_of_the_time(seed: int) -> None:
+    mixed, target = mix(noise(), torch.eye(6), mixing(kind="timemix"), generator(seed))
+    share, shift = shares(target)
+    first, second = noise(), noise().roll(shift, 0)
+    is_first = mixed == first
+    assert torch.equal(mixed[~is_first], second[~is_first])
+    torch.testing.assert_close(is_first.float().mean(1), share, atol=1.5 / mixed.shape[1], rtol=0)
+    assert int((is_first[:, 1:] != is_first[:, :-1]).sum(1).max()) <= 2, "the other clip is in one piece"
 
 
 def test_silence_mixes_without_harm() -> None:

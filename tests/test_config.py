@@ -126,6 +126,7 @@ ANOTHER: dict[str, Any] = {
     "optim.step_epochs": 3,
     "optim.step_gamma": 0.1,
     "optim.clip_grad": 0.0,
+    "optim.sam_rho": 0.05,
     "optim.mel_lr_scale": 0.01,
     "train.epochs": 7,
     "train.batch_size": 16,

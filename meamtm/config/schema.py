@@ -47,8 +47,10 @@ class AugmentConfig(Section):
 class MixConfig(Section):
     """Two clips into one, with both labels."""
 
-    kind: Literal["none", "mixup", "between_class"] = Field(
-        default="between_class", description="between_class weighs by loudness (Tokozume 2018); mixup does not"
+    kind: Literal["none", "mixup", "between_class", "timemix"] = Field(
+        default="between_class",
+        description="between_class adds clips, weighed by loudness (Tokozume 2018), mixup as they are; timemix plays "
+        "one in a part of the other's time",
     )
     prob: float = Field(default=1.0, ge=0, le=1, description="probability that a batch is mixed")
     until: float = Field(
@@ -82,6 +84,12 @@ class OptimConfig(Section):
     step_epochs: int = Field(default=10, ge=1, description="epochs between drops (step)")
     step_gamma: float = Field(default=0.5, gt=0, le=1, description="factor at each drop (step)")
     clip_grad: float = Field(default=1.0, ge=0, description="largest gradient norm; 0: no limit")
+    sam_rho: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="radius of sharpness-aware minimisation (Foret 2021), which doubles a step's time; 0: none",
+    )
     mel_lr_scale: float = Field(
         default=0.1, gt=0, le=10, description="rate of a trained mel basis over lr: its roots are about 0.1, not 1"
     )

@@ -27,12 +27,15 @@ def augment_waveform(samples: Samples, config: AugmentConfig, generator: torch.G
 
 
 def mix(waveform: Waveform, target: Target, config: MixConfig, generator: torch.Generator) -> tuple[Waveform, Target]:
-    """Adds to each clip another one of the batch, and to its target the other's, in shares that sum to 1."""
+    """Puts another clip of the batch into each, and into its target the other's, in shares that sum to 1."""
     if config.kind == "none" or len(waveform) < 2 or _uniform(1, 0, 1, generator).item() >= config.prob:
         return waveform, target
     shift = int(torch.randint(1, len(waveform), (1,), generator=generator).item())
     other_target = target.roll(shift, 0)
     share = _beta(len(waveform), config.alpha, generator).to(waveform.device)
+    mixed_target = share[:, None] * target + (1 - share)[:, None] * other_target
+    if config.kind == "timemix":
+        return _replace_part(waveform, waveform.roll(shift, 0), share, generator), mixed_target
     weight, other_weight = share, 1 - share
     if config.kind == "between_class":
         loudness = torch.linalg.vector_norm(waveform, dim=1).clamp_min(1e-6)
@@ -40,7 +43,7 @@ def mix(waveform: Waveform, target: Target, config: MixConfig, generator: torch.
     mixed = waveform * weight[:, None]
     mixed[shift:].addcmul_(waveform[:-shift], other_weight[shift:, None])  # in two parts, for want of a rolled copy
     mixed[:shift].addcmul_(waveform[-shift:], other_weight[:shift, None])
-    return mixed, share[:, None] * target + (1 - share)[:, None] * other_target
+    return mixed, mixed_target
 
 
 def spectrogram_mask(
@@ -117,6 +120,15 @@ def _loudness_weights(loudness: Tensor, other_loudness: Tensor, share: Tensor) -
     part = 1 / (1 + loudness / other_loudness * (1 - share) / share.clamp_min(1e-6))
     norm = torch.sqrt(part.square() + (1 - part).square())  # keeps the power of two unrelated sounds
     return part / norm, (1 - part) / norm
+
+
+def _replace_part(waveform: Waveform, other: Waveform, share: Tensor, generator: torch.Generator) -> Waveform:
+    """Keeps `share` of each clip's samples, and plays the other clip for the rest of the time, in one piece."""
+    kept = share.cpu() * waveform.shape[1]
+    start = _uniform(len(waveform), 0, 1, generator) * kept
+    sample = torch.arange(waveform.shape[1]) + 0.5
+    is_other = (sample >= start[:, None]) & (sample < (start + waveform.shape[1] - kept)[:, None])
+    return torch.where(is_other.to(waveform.device), other, waveform)
 
 
 def _interval(num_clips: int, length: int, widest: float, generator: torch.Generator) -> Bool[Tensor, "batch length"]:

@@ -19,6 +19,7 @@ from meamtm.model.transformer import AudioTransformer
 from meamtm.training.loss import clip_losses
 from meamtm.training.optim import make_optimizer, set_lr
 from meamtm.training.prepare import TrainingBatch
+from meamtm.training.sam import worst_nearby
 
 
 class Average(ModelEmaV3):
@@ -151,6 +152,16 @@ def _keep_buffers() -> dict[str, Any]:
 
 def train_step(learner: Learner, batch: TrainingBatch) -> None:
     """Moves the weights by one batch."""
+    loss = _gradients(learner, batch)
+    if learner.config.optim.sam_rho > 0:
+        with worst_nearby(learner.model, learner.config.optim.sam_rho):
+            _gradients(learner, batch)
+    _update(learner)
+    learner.losses.append(loss)
+
+
+def _gradients(learner: Learner, batch: TrainingBatch) -> Tensor:
+    """Computes the gradients of one batch, and returns the sum of this rank's losses."""
     _seed(batch.seed, batch.waveform.device)
     least_clips = batch.num_global // learner.world_size  # of a rank; all must take as many parts
     *earlier, last = _parts(batch, min(learner.config.train.accumulation_steps, least_clips))
@@ -159,9 +170,7 @@ def train_step(learner: Learner, batch: TrainingBatch) -> None:
     for part in earlier:  # their gradients add up; ranks meet at the last part's
         with parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext():
             loss += _forward_and_back(learner, part)
-    loss += _forward_and_back(learner, last)
-    _update(learner)
-    learner.losses.append(loss)
+    return loss + _forward_and_back(learner, last)
 
 
 def _parts(batch: TrainingBatch, count: int) -> list[TrainingBatch]:
