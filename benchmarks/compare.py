@@ -33,6 +33,7 @@ WITHOUT: dict[str, dict[str, Value]] = {
     "masks": {"augment.time_mask": 0.0, "augment.freq_mask": 0.0},
     "smoothing": {"loss.label_smoothing": 0.0},
     "averaging": {"train.ema_decay": 0.0},
+    "muon": {"optim.name": "adamw", "optim.lr": 1e-3},
     "schedule": {"optim.schedule": "constant"},
     "warm-up": {"optim.warmup": 0.0},
     "decay": {"optim.weight_decay": 0.0},
