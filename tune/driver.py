@@ -88,10 +88,9 @@ def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
     """ASHA in the first fold and a race after each, or neither where cheap trials are sought too.
 
     ASHA remembers the trials of earlier drivers, so that a resumed study judges as an uninterrupted one."""
-    asha, epochs = plan.config.asha, plan.base.train.epochs
     if plan.config.cost is not None:
         return FIFOScheduler()
-    if not asha.enabled or asha.grace_epochs >= epochs:
+    if plan.grace_epochs is None:
         return RacingFIFO(plan, study)
     scheduler = RacingASHA(
         plan,
@@ -99,9 +98,9 @@ def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
         time_attr="epoch",
         metric=plan.config.metric,
         mode=plan.config.mode,
-        max_t=epochs - 1,  # a trial that has reached its last epoch is left to end by itself
-        grace_period=asha.grace_epochs,
-        reduction_factor=asha.reduction,
+        max_t=plan.base.train.epochs - 1,  # a trial that has reached its last epoch is left to end by itself
+        grace_period=plan.grace_epochs,
+        reduction_factor=plan.config.asha.reduction,
         stop_last_trials=False,
     )
     for trial in trained(study):

@@ -69,33 +69,37 @@ def pareto_figure(rows: Sequence[Row], objective: str, mode: str, cost: str, pat
     return _save(figure, path)
 
 
-def sensitivity_figure(rows: Sequence[Row], key: str, group: str, objective: str, path: Path) -> Path:
-    """Draws the objective against one key, a colour for each value of another, of trials that trained to their end; a
-    line joins the medians of each third of a decade."""
-    figure, axes = _figure()
-    ended = [row for row in rows if row.state == "COMPLETE" and key in row.point and group in row.point]
-    values = sorted({row.point[group] for row in ended})  # type: ignore[reportArgumentType]
-    for number, value in enumerate(values):
-        mine = [row for row in ended if row.point[group] == value]
-        at, found = np.array([row.point[key] for row in mine], float), np.array([row.value for row in mine], float)
-        part = np.floor(3 * np.log10(at))
-        medians = [(10 ** ((third + 0.5) / 3), np.median(found[part == third])) for third in np.unique(part)]
-        axes.plot(at, found, "o", color=f"C{number}", alpha=0.5)
-        axes.plot(*zip(*medians, strict=True), "-", color=f"C{number}", label=f"{group} {value}")
-    axes.set_xscale("log")
-    axes.set_xlabel(key)
-    axes.set_ylabel(objective)
-    if ended:
-        axes.legend(frameon=False)
+def sensitivity_figure(stages: Mapping[str, Sequence[Row]], key: str, group: str, objective: str, path: Path) -> Path:
+    """Draws the objective against one key, a colour for each value of another, side by side for each stage of the
+    search; a line joins the medians of each third of a decade."""
+    figure, panels = _panels(len(stages))
+    values = sorted({row.point[group] for rows in stages.values() for row in rows if group in row.point})  # type: ignore[reportArgumentType]
+    for axes, (title, rows) in zip(panels, stages.items(), strict=True):
+        for number, value in enumerate(values):
+            mine = [row for row in rows if key in row.point and row.point.get(group) == value]
+            at, found = np.array([row.point[key] for row in mine], float), np.array([row.value for row in mine], float)
+            part = np.floor(3 * np.log10(at))
+            medians = [(10 ** ((third + 0.5) / 3), np.median(found[part == third])) for third in np.unique(part)]
+            axes.plot(at, found, "o", color=f"C{number}", alpha=0.5)
+            axes.plot(*np.reshape(medians, (-1, 2)).T, "-", color=f"C{number}", label=f"{group} {value}")
+        axes.set_xscale("log")
+        axes.set_xlabel(key)
+        axes.set_title(title, fontsize=9)
+    panels[0].set_ylabel(objective)
+    if values:
+        panels[0].legend(frameon=False)
     return _save(figure, path)
 
 
-def importance_figure(importances: Mapping[str, float], path: Path) -> Path:
-    """Draws how much of the objective's variation each key explains."""
-    figure, axes = _figure(height_in=1.2 + 0.32 * len(importances))
-    names = list(importances)[::-1]
-    axes.barh(names, [importances[name] for name in names], color="C0")
-    axes.set_xlabel("importance (PED-ANOVA)")
+def importance_figure(stages: Mapping[str, Mapping[str, float]], path: Path) -> Path:
+    """Draws how much of the objective's variation each key explains, side by side for each stage of the search; keys
+    in the order of the first."""
+    names = list(dict.fromkeys(name for shares in stages.values() for name in shares))[::-1]
+    figure, panels = _panels(len(stages), height_in=1.2 + 0.32 * len(names))
+    for axes, (title, shares) in zip(panels, stages.items(), strict=True):
+        axes.barh(names, [shares.get(name, 0.0) for name in names], color="C0")
+        axes.set_xlabel("importance (PED-ANOVA)")
+        axes.set_title(title, fontsize=9)
     return _save(figure, path)
 
 
@@ -157,6 +161,13 @@ def _figure(width_in: float = 6.0, height_in: float = 4.0) -> "tuple[Figure, Axe
 
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _panels(count: int, height_in: float = 4.0) -> "tuple[Figure, Sequence[Axes]]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.0 + 4.0 * count, height_in), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
 
 
 def _save(figure: "Figure", path: Path) -> Path:

@@ -91,6 +91,27 @@ def search_alone(study: "Study") -> "Study":
     return copied
 
 
+def stages(study: "Study", plan: Plan) -> "dict[str, Study]":
+    """The search's trials where they can be compared with each other: after the epochs that ASHA gives to all of them,
+    and at their end, which only the promising ones see."""
+    found = {"at the end": search_alone(study)}
+    if (epoch := plan.grace_epochs) is not None:
+        found = {f"after {epoch} epochs": _search_after(study, epoch), **found}
+    return found
+
+
+def _search_after(study: "Study", epoch: int) -> "Study":
+    """The search's trials as if an early epoch had been their last."""
+    import optuna
+
+    copied = optuna.create_study(study_name=study.study_name, directions=study.directions)
+    for trial in trained(study):
+        if (value := trial.intermediate_values.get(epoch)) is not None:
+            ended_there = optuna.create_trial(value=value, params=trial.params, distributions=trial.distributions)
+            copied.add_trial(ended_there)
+    return copied
+
+
 def failed(study: "Study") -> "list[FrozenTrial]":
     """Trials that failed."""
     return [trial for trial in ended(study) if trial.state.name == "FAIL"]

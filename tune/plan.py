@@ -78,6 +78,13 @@ class Plan:
         """Epochs of a trial, over all its folds."""
         return self.base.train.epochs * max(1, len(self.config.inner_folds))
 
+    @property
+    def grace_epochs(self) -> int | None:
+        """Epochs that every trial gets before ASHA may end it; None where it ends none."""
+        asha = self.config.asha
+        ends_early = asha.enabled and self.config.cost is None and asha.grace_epochs < self.base.train.epochs
+        return asha.grace_epochs if ends_early else None
+
     def trial(self, number: int, point: Mapping[str, Value], seed: int | None = None) -> RunConfig:
         """One trial, in its own folder inside the study's; raises ConfigError where a point builds no run.
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from meamtm.config import Value
 from meamtm.errors import ConfigError
-from tune.history import open_study, rows, search_alone
+from tune.history import open_study, rows, stages
 from tune.plan import Plan
 from tune.result import Result, Row
 
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FEWEST_TRIALS = 5
-"""Below so many trained to their end, importances would be noise alone."""
+"""Below so many, importances would be noise alone."""
+BEST_FEW = 5
+"""The fewest best trials that PED-ANOVA tells from all, by its authors' advice; of less than ten trials it is half."""
 ENOUGH_TRIALS = 20
 """Below so many, they are a hint."""
+MOST_KEYS = 6
+"""So many searched keys of a trial are shown on a line; trials.csv has all."""
 
 
 def report(plan: Plan) -> "RenderableType":
@@ -33,11 +37,10 @@ def report(plan: Plan) -> "RenderableType":
         raise ConfigError(f"{plan.folder}: no such study yet; start it by python -m tune, with the same words")
     study = open_study(plan)
     files = write_report(plan, study)
-    shares = importances(study)
     return Group(
         trials_table(rows(study), plan.config.metric),
         *_finalists_table(rows(study), plan.config.metric),
-        _importance_table(study, shares),
+        *(_importance_table(stage, at) for stage, at in stages(study, plan).items()),
         Text(f"{len(files)} files in {plan.folder / 'report'}"),
     )
 
@@ -118,19 +121,27 @@ def _finalists_table(trials: Sequence[Row], objective: str, best: int | None = N
 
 
 def describe(point: Mapping[str, Value]) -> str:
-    """Searched keys and values in a few words."""
-    return ", ".join(f"{key} {_number(value)}" for key, value in point.items())
+    """Searched keys and values in a few words; of a wide space the first ones, in the study file's order."""
+    words = [f"{key} {_number(value)}" for key, value in list(point.items())[:MOST_KEYS]]
+    more = len(point) - len(words)
+    return ", ".join([*words, *([f"{more} more"] if more else [])])
 
 
-def importances(study: "Study") -> dict[str, float]:
-    """How much of the objective's variation each key explains, largest first; empty where there are too few trials."""
-    from optuna.importance import get_param_importances
+def importances(compared: "Study") -> dict[str, float]:
+    """How much each key decides whether a trial is among the best tenth, or the best few; largest first.
 
-    if _num_complete(study) < FEWEST_TRIALS:
+    Of one of the study's `stages`; empty where there are too few trials."""
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.study import StudyDirection
+
+    num_trials = len(compared.trials)
+    if num_trials < FEWEST_TRIALS:
         return {}
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, min(0.5, BEST_FEW / num_trials)))
+    sign = -1 if compared.directions[0] is StudyDirection.MAXIMIZE else 1  # PED-ANOVA takes low values for good ones
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optuna's, of keys that exist in some trials only
-        return get_param_importances(search_alone(study), target=lambda trial: trial.values[0])
+        warnings.simplefilter("ignore")  # optuna's, of keys that exist in some trials only, and of that sign
+        return get_param_importances(compared, evaluator=evaluator, target=lambda trial: sign * (trial.values or [])[0])
 
 
 def write_report(plan: Plan, study: "Study") -> list[Path]:
@@ -155,32 +166,32 @@ def write_report(plan: Plan, study: "Study") -> list[Path]:
     files += [parallel_figure(trials, plan.space.ranges, objective, folder / "parallel.png")]
     for key, searched in plan.space.ranges.items():
         files.append(slice_figure(trials, key, searched, objective, folder / f"slice-{key}.png"))
+    compared = {f"{stage}, {len(at.trials)} trials": at for stage, at in stages(study, plan).items()}
     if {RATE, DEPTH} <= plan.space.ranges.keys():
-        files.append(sensitivity_figure(trials, RATE, DEPTH, objective, folder / "sensitivity.png"))
+        panels = {title: rows(at) for title, at in compared.items()}
+        files.append(sensitivity_figure(panels, RATE, DEPTH, objective, folder / "sensitivity.png"))
     if (page := write_page(plan, study, folder / "interactive.html")) is not None:
         files.append(page)
     if plan.config.cost is not None:
         files.append(pareto_figure(trials, objective, plan.config.mode, plan.config.cost, folder / "pareto.png"))
-    if shares := importances(study):
+    if shares := {title: found for title, at in compared.items() if (found := importances(at))}:
         files.append(importance_figure(shares, folder / "importances.png"))
     return files
 
 
-def _importance_table(study: "Study", shares: dict[str, float]) -> "RenderableType":
-    num_complete = _num_complete(study)
+def _importance_table(stage: str, compared: "Study") -> "RenderableType":
+    """Which keys matter among trials as they are at one stage."""
+    num_trials, shares = len(compared.trials), importances(compared)
     if not shares:
         return Text(
-            f"importances: {num_complete} trials trained to their end, and {FEWEST_TRIALS} are the fewest that tell"
+            f"importances {stage}: {num_trials} trials came so far, and {FEWEST_TRIALS} are the fewest that tell"
         )
-    hint = f" (a hint: {num_complete} trials trained to their end)" if num_complete < ENOUGH_TRIALS else ""
-    table = Table(title=f"importances{hint}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    hint = "a hint: " if num_trials < ENOUGH_TRIALS else ""
+    title = f"importances {stage} ({hint}{num_trials} trials)"
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, share in shares.items():
         table.add_row(key, f"{share:.2f}", "█" * round(30 * share))
     return table
-
-
-def _num_complete(study: "Study") -> int:
-    return sum(row.state == "COMPLETE" and row.repeats is None for row in rows(study))
 
 
 def _write_csv(trials: Sequence[Row], plan: Plan, path: Path) -> Path:
