@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meamtm.errors import FULL_DISK, MeamtmError
-from meamtm.screen import bar, counting, epoch_bar, leave_quickly, run_bars, steps, stop_on_signal
+from meamtm.screen import bar, counting, epoch_bar, leave_quickly, numbers, run_bars, steps, stop_on_signal
 from meamtm.tables import print_answers, print_crossval, print_evaluation, print_settings
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def crossval(
     from meamtm.config import load, parse_changes
 
     settings = load(config, parse_changes(changes or []))  # before torch is loaded
-    chosen = _numbers("--folds", folds)
+    chosen = numbers("--folds", folds)
     from meamtm.crossval import cross_validate, plan_runs
 
     names = [f"fold {fold}, seed {seed}" for fold, seed in plan_runs(settings, chosen, seeds)]
@@ -261,13 +261,6 @@ def _num_labels(config: "RunConfig") -> int:
     except MeamtmError as error:
         typer.echo(f"{error}\nthe cost is given for 10 classes", err=True)
         return 10
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",") if word.strip()]
-    except ValueError as error:
-        raise MeamtmError(f"{option}={text}: not whole numbers; write them as 1,2") from error
 
 
 if __name__ == "__main__":

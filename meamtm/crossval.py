@@ -105,8 +105,17 @@ def cross_validate(
     Raises DataError for a fold that does not exist, and whatever stops a run.
     """
     config = absolute(config)
-    runs = plan_runs(config, folds, num_seeds)
-    folder = crossval_folder(config)
+    return evaluate_runs(config, crossval_folder(config), plan_runs(config, folds, num_seeds), heard, should_stop)
+
+
+def evaluate_runs(
+    config: RunConfig,
+    folder: Path,
+    runs: Mapping[tuple[int, int], RunConfig],
+    heard: Heard = lambda *_: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> CrossValidation:
+    """Trains and tests the runs of each fold and seed, and keeps the result in a folder, under what it is about."""
     if (done := _read(folder)) is not None and _covers(done, runs):
         if config.tracking.mlflow and not has_all(folder, resolve_uri(config.tracking)):
             with held(folder):
@@ -123,12 +132,7 @@ def cross_validate(
 
 def plan_runs(config: RunConfig, folds: Sequence[int], num_seeds: int) -> dict[tuple[int, int], RunConfig]:
     """Gives the run of each fold and seed; with `train.keep=best` the next fold around validates."""
-    clips = open_clips(config.data, config.mel.sample_rate_hz)
-    if any(clips.splits):
-        raise DataError(f"data.path={config.data.path}: has its own split; `meamtm train` tests on that")
-    there = [int(fold) for fold in np.unique(clips.folds)]
-    if len(there) < 2:
-        raise DataError(f"data.path={config.data.path}: has one fold; pack at least two clips or groups of each class")
+    there = find_folds(config)
     if lacking := sorted(set(folds) - set(there)):
         raise DataError(
             f"--folds: {config.data.path} has no fold {lacking[0]}; choose from {', '.join(map(str, there))}"
@@ -142,6 +146,17 @@ def plan_runs(config: RunConfig, folds: Sequence[int], num_seeds: int) -> dict[t
             changes = {"data.test_fold": fold, "data.valid_fold": inner, "train.seed": seed}
             runs[fold, seed] = override(config, changes)
     return runs
+
+
+def find_folds(config: RunConfig) -> list[int]:
+    """Gives the folds of a data set, in order; raises DataError where there is nothing to cross."""
+    clips = open_clips(config.data, config.mel.sample_rate_hz)
+    if any(clips.splits):
+        raise DataError(f"data.path={config.data.path}: has its own split; `meamtm train` tests on that")
+    there = [int(fold) for fold in np.unique(clips.folds)]
+    if len(there) < 2:
+        raise DataError(f"data.path={config.data.path}: has one fold; pack at least two clips or groups of each class")
+    return there
 
 
 def crossval_folder(config: RunConfig) -> Path:

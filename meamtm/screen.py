@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 
+from meamtm.errors import MeamtmError
+
 if TYPE_CHECKING:
     from meamtm.tracking import Listener, Metrics
 
@@ -91,6 +93,14 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Reads an option's whole numbers, written as 1,2; raises MeamtmError for other text."""
+    try:
+        return [int(word) for word in text.split(",") if word.strip()]
+    except ValueError as error:
+        raise MeamtmError(f"{option}={text}: not whole numbers; write them as 1,2") from error
 
 
 def leave_quickly() -> None:

@@ -1,8 +1,10 @@
-"""`python -m tune STUDY.yaml [KEY=VALUE ...]` and `python -m tune report STUDY.yaml`: the study on the command line."""
+"""`python -m tune [report | nested] STUDY.yaml [KEY=VALUE ...]`: the study on the command line."""
 
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -16,7 +18,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="`python -m tune STUDY.yaml` searches, or continues; `python -m tune report STUDY.yaml` shows what was found.",
+    help="`python -m tune STUDY.yaml` searches, or continues; `python -m tune report STUDY.yaml` shows what was found; "
+    "`python -m tune nested STUDY.yaml` tells what such a search is worth.",
 )
 console = Console(markup=False, highlight=False)  # values may hold [brackets]
 Study = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="for example configs/tune/esc10.yaml")]
@@ -34,7 +37,7 @@ def main() -> None:
     leave_quickly()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     words = sys.argv[1:]
-    if words and words[0] not in ("report", "--help"):
+    if words and words[0] not in ("report", "nested", "--help"):
         words = ["run", *words]  # the study file may come first
     try:
         app(words, prog_name="python -m tune")
@@ -57,11 +60,8 @@ def run(
     plan = load_plan(study, changes or [])
     if resume and not (plan.folder / "optuna.db").exists():
         raise ConfigError(f"--resume: {plan.folder} holds no study to continue; leave --resume out to begin")
-    try:
+    with _told_to_stop():
         result = run_study(plan, typer.echo)
-    except KeyboardInterrupt as stop:  # typer would leave without a word
-        typer.echo("tune: stopped; the same command continues", err=True)
-        raise typer.Exit(1) from stop
     console.print(summary(result))
 
 
@@ -72,6 +72,39 @@ def report(study: Study, changes: Changes = None) -> None:
     from tune.report import report as make_report
 
     console.print(make_report(load_plan(study, changes or [])))
+
+
+@app.command()
+def nested(
+    study: Study,
+    changes: Changes = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each study's choice, with seeds from train.seed on")] = 1,
+    folds: Annotated[str, typer.Option(help="folds to test, as 1,2; all by default")] = "",
+) -> None:
+    """Search anew for each fold, without it, and test there what was chosen; the same command again continues."""
+    from meamtm.screen import bar, numbers, run_bars, stop_on_signal
+    from meamtm.tables import print_crossval
+    from tune.nested import choose_each, evaluate_nested, plan_nested
+
+    planned = plan_nested(study, changes or [], numbers("--folds", folds))
+    with _told_to_stop():
+        results = choose_each(planned, typer.echo)
+    runs = planned.runs(results, seeds)
+    names = [f"fold {fold}, seed {seed}" for fold, seed in runs]
+    with stop_on_signal() as should_stop, bar() as progress:
+        heard = run_bars(progress, names, next(iter(runs.values())).train.epochs)
+        result = evaluate_nested(planned, results, seeds, heard, should_stop)
+    print_crossval(result)
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """Says how to go on; typer would leave without a word."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        typer.echo("tune: stopped; the same command continues", err=True)
+        raise typer.Exit(1) from stop
 
 
 if __name__ == "__main__":
