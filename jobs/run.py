@@ -21,12 +21,12 @@ def run(words: Sequence[str]) -> None:
             from meamtm.cli import main
 
             sys.argv = ["meamtm", kind, *arguments]
-        case "tune":
+        case "tune" | "nested":
             from tune.__main__ import main
 
-            sys.argv = ["tune", *arguments]
+            sys.argv = ["tune", *([kind] if kind == "nested" else []), *arguments]
         case _:
-            sys.exit(f"{kind}: no such kind of job; jobs are train, crossval, tune or pack")
+            sys.exit(f"{kind}: no such kind of job; jobs are train, crossval, tune, nested or pack")
     main()
 
 

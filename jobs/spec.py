@@ -43,19 +43,22 @@ EXCLUDES = (
     ".*_cache/",
     ".hypothesis/",
 )
+WITH_SEEDS = ("crossval", "nested")
 SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|KEY", re.IGNORECASE)
 
 
 class JobConfig(Section):
     """What to run on a cluster, and how."""
 
-    kind: Literal["train", "crossval", "tune", "pack"] | None = Field(
+    kind: Literal["train", "crossval", "tune", "nested", "pack"] | None = Field(
         None, description="which command runs; every job names one"
     )
     name: str = Field("job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the job's ID")
-    config: str | None = Field(None, description="train, crossval: run file; tune: study file; inside working_dir")
+    config: str | None = Field(
+        None, description="train, crossval: run file; tune, nested: study file; inside working_dir"
+    )
     changes: tuple[str, ...] = Field((), description="KEY=VALUE words for the run or the study")
-    seeds: int = Field(1, ge=1, description="crossval: runs of each fold")
+    seeds: int = Field(1, ge=1, description="crossval, nested: runs of each fold")
     source: str | None = Field(None, description="pack: folder of sounds")
     out: str | None = Field(None, description="pack: folder of the packed data set")
     manifest: str | None = Field(None, description="pack: CSV of paths and labels")
@@ -93,7 +96,7 @@ class JobConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind is None:
-            raise ValueError("kind=null: a job is of a kind; add a line kind: train, crossval, tune or pack")
+            raise ValueError("kind=null: a job is of a kind; add a line kind: train, crossval, tune, nested or pack")
         needed = ("source", "out") if self.kind == "pack" else ("config",)
         foreign = ("config", "changes") if self.kind == "pack" else ("source", "out", "manifest")
         for key in needed:
@@ -102,7 +105,7 @@ class JobConfig(Section):
         for key in foreign:
             if getattr(self, key):
                 raise ValueError(f"{key}={getattr(self, key)!r}: kind={self.kind} does not use it; leave it out")
-        if self.seeds != 1 and self.kind != "crossval":
+        if self.seeds != 1 and self.kind not in WITH_SEEDS:
             raise ValueError(f"seeds={self.seeds}: kind={self.kind} does not use it; leave it out")
         if self.address is not None and not self.address.startswith(("http://", "https://")):
             raise ValueError(
@@ -166,7 +169,7 @@ def prepare(job: JobConfig) -> Submission:
     home = job.home or (str(folder) if shared else None)
     with chdir(folder):
         words, env = _pack_words(job, home, shared) if job.kind == "pack" else _run_words(job, home, shared)
-    if job.kind == "crossval":
+    if job.kind in WITH_SEEDS:
         words += ["--seeds", str(job.seeds)]
     assert job.kind is not None, "JobConfig has checked it"
     python = job.python or (sys.executable if shared else "python")
@@ -229,7 +232,7 @@ def _run_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str
 def _read(job: JobConfig) -> tuple[RunConfig, dict[str, str]]:
     """Checks a run or study; returns the run, or the one that trials start from, and the paths by their keys."""
     assert job.config is not None
-    if job.kind == "tune":
+    if job.kind in ("tune", "nested"):
         plan = load_plan(job.config, job.changes)
         run, paths = plan.base, {"studies_dir": plan.config.studies_dir}
     else:

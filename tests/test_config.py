@@ -566,7 +566,7 @@ def test_a_shipped_study_is_valid_and_opens_with_its_command(path: Path, monkeyp
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "jobs").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_shipped_job_is_valid_and_opens_with_its_command(path: Path) -> None:
-    assert load_job(path).kind in ("train", "crossval", "tune", "pack")
+    assert load_job(path).kind in ("train", "crossval", "tune", "nested", "pack")
     assert path.read_text().startswith(f"# python -m jobs submit configs/jobs/{path.name}")
 
 

@@ -127,6 +127,19 @@ def test_a_studys_folder_is_the_submitters_too(project: Path) -> None:
     assert f"data.path={project}/data/set" in words
 
 
+def test_a_nested_study_is_told_its_seeds(project: Path) -> None:
+    words = shlex.split(prepare(job(kind="nested", config="study.yaml", seeds=3)).entrypoint)
+    assert words[1:5] == ["-m", "jobs.run", "nested", "study.yaml"]
+    assert words[-2:] == ["--seeds", "3"]
+
+
+def test_a_nested_study_is_what_the_entry_point_runs(project: Path) -> None:
+    command = [sys.executable, "-m", "jobs.run", "nested", "study.yaml", "--folds", "one"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (2, "tune: --folds=one: not whole numbers; write them as 1,2\n")
+
+
 def test_paths_start_from_home_on_another_cluster(project: Path) -> None:
     settings = {"kind": "train", "config": "run.yaml", "address": REMOTE, "tracking_uri": "http://mlflow:5000"}
     words = shlex.split(prepare(job(**settings, home="/shared")).entrypoint)
@@ -184,7 +197,7 @@ def test_a_null_variable_is_taken_from_here(project: Path, monkeypatch: pytest.M
         ({}, r"kind=null: a job is of a kind; add a line kind: train"),
         (
             {"kind": "trian", "config": "run.yaml"},
-            r"kind='trian': input should be 'train', 'crossval', 'tune' or 'pack'",
+            r"kind='trian': input should be 'train', 'crossval', 'tune', 'nested' or 'pack'",
         ),
         ({"kind": "train", "config": "run.yaml", "seeds": 3}, r"seeds=3: kind=train does not use it; leave it out"),
         ({"kind": "train"}, r"config=null: kind=train needs it; add a line config: PATH"),
