@@ -101,6 +101,19 @@ def test_a_race_ends_who_is_beaten_and_not_by_luck(tmp_path: Path, study: Path, 
     assert judge(whole, 8) == TrialScheduler.CONTINUE, "after its last fold a trial has nothing left to be spared"
 
 
+@pytest.mark.parametrize(("reduction", "ends_at"), [(2, 1), (3, 2), (4, 3)])
+def test_asha_ends_nobody_before_enough_trials_are_there_to_tell(study, reduction: int, ends_at: int) -> None:  # noqa: F811
+    plan = load_plan(study, [f"asha.reduction={reduction}", "asha.grace_epochs=1", "train.epochs=40"])
+    scheduler, said = make_scheduler(plan, open_study(plan)), []
+    for number in range(6):  # each worse than the one before
+        trial: Any = SimpleNamespace(trial_id=str(number), config={"is_repeat": False})
+        controller: Any = None
+        scheduler.on_trial_add(controller, trial)
+        said.append(scheduler.on_trial_result(controller, trial, {"epoch": 1, "valid/accuracy": 0.9 - 0.1 * number}))
+    assert said.index(TrialScheduler.STOP) == ends_at
+    assert set(said[ends_at:]) == {TrialScheduler.STOP}
+
+
 # --- whole studies
 
 

@@ -4,9 +4,11 @@ Both have heard the same clips in the same order, so each clip that only one of 
 they are equals (McNemar 1947). Finalists that train again run to their end."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers.async_hyperband import _Bracket
 
 from tune.history import ranked
 from tune.plan import Plan
@@ -46,8 +48,22 @@ class Race(TrialScheduler):
         return len(others) > len(hits) and luck(hits, others) < self._plan.config.race_p
 
 
+class PatientBracket(_Bracket):
+    """Rungs that end nobody before enough trials have come to tell: of three trials about one goes on, so the third may
+    be the first to end. Ray's own would end the second, whatever it is, if the first was better."""
+
+    def cutoff(self, recorded: Mapping[str, float]) -> Any:
+        """What a trial must reach at a rung, given the others there; None while there are too few."""
+        return super().cutoff(recorded) if len(recorded) + 1 >= self.rf else None
+
+
 class RacingASHA(Race, ASHAScheduler):
     """A race between folds, and successive halving (Li 2020) within the first."""
+
+    def __init__(self, plan: Plan, study: "Study", **options: Any) -> None:
+        super().__init__(plan, study, **options)
+        rungs = (options["grace_period"], options["max_t"], options["reduction_factor"])
+        self._brackets = [PatientBracket(*rungs, 0, stop_last_trials=options["stop_last_trials"])]
 
 
 class RacingFIFO(Race, FIFOScheduler):
