@@ -1,5 +1,6 @@
 """A study -> one page on which its trials can be looked at from all sides, without a network."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,17 @@ FEWEST_TRIALS = 2
 """Below so many trained to their end, there is nothing to compare."""
 
 
-def write_page(plan: Plan, study: "Study", path: Path) -> Path | None:
-    """Writes Optuna's parallel coordinates, slices and ranks of the trials that trained to their end, where there are
-    any to compare."""
+def write_page(plan: Plan, study: "Study", keys: Sequence[str], path: Path) -> Path | None:
+    """Writes Optuna's parallel coordinates of some keys, and slices and ranks, of the trials that trained to their end,
+    where there are any to compare."""
     from optuna.visualization import plot_parallel_coordinate, plot_rank, plot_slice
 
     trials = search_alone(study)
     if len(trials.trials) < FEWEST_TRIALS:
         return None
     shown = {"target": lambda trial: trial.values[0], "target_name": plan.config.metric}
-    figures = [plot_parallel_coordinate(trials, **shown), plot_slice(trials, **shown)]
+    there = [key for key in keys if any(key in trial.params for trial in trials.trials)]
+    figures = [plot_parallel_coordinate(trials, params=there, **shown), plot_slice(trials, **shown)]
     if {RATE, DEPTH} <= plan.space.ranges.keys():
         figures.append(plot_rank(trials, params=[RATE, DEPTH], **shown))
     parts = [figure.to_html(full_html=False, include_plotlyjs=not number) for number, figure in enumerate(figures)]

@@ -27,6 +27,8 @@ BEST_FEW = 5
 """The fewest best trials that PED-ANOVA tells from all, by its authors' advice; of less than ten trials it is half."""
 ENOUGH_TRIALS = 20
 """Below so many, they are a hint."""
+MOST_AXES = 10
+"""So many keys stand side by side in the figure of parallel coordinates, those that matter most."""
 MOST_KEYS = 6
 """So many searched keys of a trial are shown on a line; trials.csv has all."""
 
@@ -163,19 +165,24 @@ def write_report(plan: Plan, study: "Study") -> list[Path]:
     if not any(row.value is not None for row in trials):
         return files
     files += [history_figure(trials, objective, plan.config.mode, folder / "history.png")]
-    files += [parallel_figure(trials, plan.space.ranges, objective, folder / "parallel.png")]
+    compared = stages(study, plan)
+    shares = {stage: found for stage, at in compared.items() if (found := importances(at))}
+    shown = list(next(iter(shares.values()), plan.space.ranges))[:MOST_AXES]
+    axes = {key: plan.space.ranges[key] for key in shown}
+    files += [parallel_figure(trials, axes, objective, folder / "parallel.png")]
     for key, searched in plan.space.ranges.items():
         files.append(slice_figure(trials, key, searched, objective, folder / f"slice-{key}.png"))
-    compared = {f"{stage}, {len(at.trials)} trials": at for stage, at in stages(study, plan).items()}
+    titles = {stage: f"{stage}, {len(at.trials)} trials" for stage, at in compared.items()}
     if {RATE, DEPTH} <= plan.space.ranges.keys():
-        panels = {title: rows(at) for title, at in compared.items()}
+        panels = {titles[stage]: rows(at) for stage, at in compared.items()}
         files.append(sensitivity_figure(panels, RATE, DEPTH, objective, folder / "sensitivity.png"))
-    if (page := write_page(plan, study, folder / "interactive.html")) is not None:
+    if (page := write_page(plan, study, shown, folder / "interactive.html")) is not None:
         files.append(page)
     if plan.config.cost is not None:
         files.append(pareto_figure(trials, objective, plan.config.mode, plan.config.cost, folder / "pareto.png"))
-    if shares := {title: found for title, at in compared.items() if (found := importances(at))}:
-        files.append(importance_figure(shares, folder / "importances.png"))
+    if shares:
+        panels = {titles[stage]: found for stage, found in shares.items()}
+        files.append(importance_figure(panels, folder / "importances.png"))
     return files
 
 
