@@ -237,6 +237,8 @@ def _read(job: JobConfig) -> tuple[RunConfig, dict[str, str]]:
         run, paths = plan.base, {"studies_dir": plan.config.studies_dir}
     else:
         run, paths = load(job.config, parse_changes(job.changes)), {}
+    if (weights := run.encoder.pretrained_path) is not None:
+        paths["encoder.pretrained"] = str(weights)
     return run, {"data.path": run.data.path, "data.cache_dir": run.data.cache_dir, "runs_dir": run.runs_dir, **paths}
 
 

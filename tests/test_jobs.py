@@ -127,6 +127,17 @@ def test_a_studys_folder_is_the_submitters_too(project: Path) -> None:
     assert f"data.path={project}/data/set" in words
 
 
+def test_weights_to_begin_with_are_found_from_the_job_too(project: Path) -> None:
+    changes = ["encoder.pretrained=weights/ast.pth"]
+    words = shlex.split(prepare(job(kind="train", config="run.yaml", changes=changes)).entrypoint)
+    assert f"encoder.pretrained={project}/weights/ast.pth" in words
+    assert changes[0] not in words
+    named = shlex.split(
+        prepare(job(kind="train", config="run.yaml", changes=["encoder.pretrained=deit_tiny_patch16_224"])).entrypoint
+    )
+    assert "encoder.pretrained=deit_tiny_patch16_224" in named
+
+
 def test_a_nested_study_is_told_its_seeds(project: Path) -> None:
     words = shlex.split(prepare(job(kind="nested", config="study.yaml", seeds=3)).entrypoint)
     assert words[1:5] == ["-m", "jobs.run", "nested", "study.yaml"]

@@ -110,6 +110,11 @@ def test_a_manifest_gives_several_labels_folds_groups_and_splits(tmp_path: Path)
     assert column(tmp_path / "out", "split") == ["train", "train", "test"]
 
 
+def test_a_set_with_a_split_and_no_folds_tells_of_none(tmp_path: Path) -> None:
+    table = manifest(tmp_path / "in", "path,label,split\na.wav,rain,train\nb.wav,wind,train\nc.wav,rain,test\n")
+    assert pack(tmp_path / "in", tmp_path / "out", table).folds == ()
+
+
 def test_esc_10_is_packed(esc10: Path, tmp_path: Path) -> None:
     card = pack(esc10, tmp_path / "out")
     assert (card.num_clips, len(card.classes), card.folds, card.rates_hz) == (400, 10, (1, 2, 3, 4, 5), (44_100,))

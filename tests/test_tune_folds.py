@@ -177,6 +177,9 @@ def test_finalists_are_recorded_and_shown(noisy, capsys) -> None:
     path, words, plan, result, _ = noisy
     below = recorded(plan)
     assert len(below[plan.name]) == 5
+    (parent,) = (run for run in below[""] if run.info.run_name == plan.name)
+    again = statistics.fmean(repeats(open_study(plan), result.best))
+    assert parent.data.metrics["best/value_with_other_seeds"] == pytest.approx(again)
     assert {run.info.status for runs in below.values() for run in runs} == {"FINISHED"}
     assert sorted(run.data.tags.get("optuna.repeats", "") for run in below[plan.name])[:3] == ["", "", ""]
     assert run_study(plan, pytest.fail) == result == read_result(plan)

@@ -145,7 +145,10 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
 
 def _record(plan: Plan, study: "Study", result: Result, parent: "MLflowSink", tags: Mapping[str, str]) -> None:
     """Shows in MLflow what the study found, and what MLflow has not taken of its trials."""
-    parent.log({"best/value": result.best_row.value or 0.0, **(result.test or {})}, step=len(result.rows))
+    found = {"best/value": result.best_row.value or 0.0, **(result.test or {})}
+    if again := repeats(study, result.best):
+        found["best/value_with_other_seeds"] = statistics.fmean(again)
+    parent.log(found, step=len(result.rows))
     for path in (plan.folder / "best.yaml", plan.folder / "study.yaml", *sorted((plan.folder / "report").glob("*"))):
         parent.artifact(path)
     send_trials(plan, study, parent, tags)

@@ -113,12 +113,15 @@ def _write(source: Source, folder: Path, strict: bool, progress: Callable[[int, 
         digest = shards.finish()
     finally:
         shards.close()
+    # Folds that were dealt to clips with a split of their own decide nothing.
+    has_split = any(entry.split for entry in source.entries)
+    named = source.entries if has_split else [sound.entry for sound in kept]
     card = Card(
         classes=source.classes,
         multi_label=source.multi_label,
         num_clips=len(kept),
         num_rejected=len(rejected),
-        folds=tuple(sorted({sound.entry.fold for sound in kept if sound.entry.fold is not None})),
+        folds=tuple(sorted({entry.fold for entry in named if entry.fold is not None})),
         rates_hz=tuple(sorted({sound.sample_rate_hz for sound in kept})),
         total_s=round(sum(sound.num_samples / sound.sample_rate_hz for sound in kept), 3),
         digest=digest,
