@@ -45,6 +45,18 @@ def test_the_grid_that_is_promised_is_the_grid_that_comes(
     assert grid(stem, bands, frames, 1) == (1, *stem.dynamic_feat_size((bands, frames)), 4)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 16, 40), (1, 1, 16, 40), (2, 1, 16, 3)], ids=["clips", "one clip", "short"])
+def test_every_stage_computes_on_channels_that_lie_side_by_side(shape: tuple[int, ...]) -> None:
+    """An eighth of a training step's time, with the same numbers."""
+    stem, outputs = ConvStem((16, 40), 8, (8, 12)), []
+    for layer in stem.modules():
+        if isinstance(layer, nn.Conv2d | nn.AvgPool2d):
+            layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+    stem(torch.randn(*shape)[:, :, ::2].repeat(1, 1, 2, 1))
+    assert len(outputs) == 7
+    assert all(output.stride(1) == 1 for output in outputs)
+
+
 def test_a_patch_is_mapped_linearly_and_alone() -> None:
     stem = PatchStem((8, 8), (4, 4), 3, (4, 4))
     image = torch.randn(1, 1, 8, 8)
