@@ -44,8 +44,35 @@ def test_what_asha_ended_early_is_compared_where_all_trials_came(tmp_path: Path)
     early, late = stages(study, plan).items()
     assert (early[0], len(early[1].trials)) == ("after 1 epochs", 48)
     assert (late[0], len(late[1].trials)) == ("at the end", 24)
-    assert max(importances(early[1]).items(), key=lambda share: share[1])[0] == "optim.schedule"
-    assert max(importances(late[1]).items(), key=lambda share: share[1])[0] == "encoder.heads"
+    for way in ("fANOVA", "PED-ANOVA"):
+        assert next(iter(importances(early[1])[way])) == "optim.schedule"
+        assert next(iter(importances(late[1])[way])) == "encoder.heads"
+    assert "optim.step_gamma" not in importances(early[1])["fANOVA"], "some trials do not have it"
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_what_matters_is_what_the_best_have(tmp_path: Path, mode: str) -> None:
+    """Rates near 1e-3 are best and all others equally bad, so only the best tell that the rate matters."""
+    plan = make_plan(tmp_path, f"mode={mode}")
+    study = open_study(plan)
+    for number, (heads, lr) in enumerate(itertools.product((1, 2, 3, 4), np.geomspace(1e-4, 1e-2, 11))):
+        study.enqueue_trial({"optim.schedule": "cosine", "encoder.heads": heads, "optim.lr": float(lr)})
+        trial = study.ask()
+        plan.space(trial)
+        goodness = (1.0 if 9e-4 < lr < 1.1e-3 else 0.2) + 0.001 * (7 * number % 44)
+        study.tell(trial, goodness if mode == "max" else 1 - goodness)
+    (at_the_end,) = stages(study, plan).values()
+    assert next(iter(importances(at_the_end)["PED-ANOVA"])) == "optim.lr"
+
+
+def test_trials_that_are_all_equal_tell_nothing_and_break_nothing(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    study = open_study(plan)
+    for _ in range(12):
+        trial = study.ask()
+        plan.space(trial)
+        study.tell(trial, 0.5)
+    assert report(plan)
 
 
 @pytest.mark.parametrize("words", [["asha.enabled=false"], ["asha.grace_epochs=3"]])

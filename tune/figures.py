@@ -91,14 +91,13 @@ def sensitivity_figure(stages: Mapping[str, Sequence[Row]], key: str, group: str
     return _save(figure, path)
 
 
-def importance_figure(stages: Mapping[str, Mapping[str, float]], path: Path) -> Path:
-    """Draws how much of the objective's variation each key explains, side by side for each stage of the search; keys
-    in the order of the first."""
-    names = list(dict.fromkeys(name for shares in stages.values() for name in shares))[::-1]
-    figure, panels = _panels(len(stages), height_in=1.2 + 0.32 * len(names))
-    for axes, (title, shares) in zip(panels, stages.items(), strict=True):
+def importance_figure(views: Mapping[str, Mapping[str, float]], path: Path) -> Path:
+    """Draws how much each key decides, side by side for each way of looking at it; keys in the order of the first."""
+    names = list(dict.fromkeys(name for shares in views.values() for name in shares))[::-1]
+    figure, panels = _panels(len(views), height_in=1.2 + 0.32 * len(names))
+    for axes, (title, shares) in zip(panels, views.items(), strict=True):
         axes.barh(names, [shares.get(name, 0.0) for name in names], color="C0")
-        axes.set_xlabel("importance (PED-ANOVA)")
+        axes.set_xlabel("importance")
         axes.set_title(title, fontsize=9)
     return _save(figure, path)
 

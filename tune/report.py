@@ -129,21 +129,32 @@ def describe(point: Mapping[str, Value]) -> str:
     return ", ".join([*words, *([f"{more} more"] if more else [])])
 
 
-def importances(compared: "Study") -> dict[str, float]:
-    """How much each key decides whether a trial is among the best tenth, or the best few; largest first.
+def importances(compared: "Study") -> dict[str, dict[str, float]]:
+    """How much each key decides, by two ways of looking at one of the study's `stages`; empty where there are too few
+    trials, or where all are worth the same.
 
-    Of one of the study's `stages`; empty where there are too few trials."""
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    fANOVA: what share of the objective's variation a key explains (Hutter 2014); keys that exist in all trials only.
+    PED-ANOVA: whether a key tells the best tenth, or the best few, from all (Watanabe 2023). Largest first."""
+    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
     from optuna.study import StudyDirection
 
     num_trials = len(compared.trials)
-    if num_trials < FEWEST_TRIALS:
+    if num_trials < FEWEST_TRIALS or len({trial.values[0] for trial in compared.trials}) == 1:
         return {}
-    evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, min(0.5, BEST_FEW / num_trials)))
+    best = max(0.1, min(0.5, BEST_FEW / num_trials))
     sign = -1 if compared.directions[0] is StudyDirection.MAXIMIZE else 1  # PED-ANOVA takes low values for good ones
+    ways = {
+        "fANOVA": FanovaImportanceEvaluator(seed=0),
+        "PED-ANOVA": PedAnovaImportanceEvaluator(target_quantile=best),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # optuna's, of keys that exist in some trials only, and of that sign
-        return get_param_importances(compared, evaluator=evaluator, target=lambda trial: sign * (trial.values or [])[0])
+        return {
+            way: get_param_importances(
+                compared, evaluator=evaluator, target=lambda trial: sign * (trial.values or [])[0]
+            )
+            for way, evaluator in ways.items()
+        }
 
 
 def write_report(plan: Plan, study: "Study") -> list[Path]:
@@ -166,13 +177,15 @@ def write_report(plan: Plan, study: "Study") -> list[Path]:
         return files
     files += [history_figure(trials, objective, plan.config.mode, folder / "history.png")]
     compared = stages(study, plan)
-    shares = {stage: found for stage, at in compared.items() if (found := importances(at))}
+    titles = {stage: f"{stage}, {len(at.trials)} trials" for stage, at in compared.items()}
+    shares = {
+        f"{way}\n{titles[stage]}": found for stage, at in compared.items() for way, found in importances(at).items()
+    }
     shown = list(next(iter(shares.values()), plan.space.ranges))[:MOST_AXES]
     axes = {key: plan.space.ranges[key] for key in shown}
     files += [parallel_figure(trials, axes, objective, folder / "parallel.png")]
     for key, searched in plan.space.ranges.items():
         files.append(slice_figure(trials, key, searched, objective, folder / f"slice-{key}.png"))
-    titles = {stage: f"{stage}, {len(at.trials)} trials" for stage, at in compared.items()}
     if {RATE, DEPTH} <= plan.space.ranges.keys():
         panels = {titles[stage]: rows(at) for stage, at in compared.items()}
         files.append(sensitivity_figure(panels, RATE, DEPTH, objective, folder / "sensitivity.png"))
@@ -181,8 +194,7 @@ def write_report(plan: Plan, study: "Study") -> list[Path]:
     if plan.config.cost is not None:
         files.append(pareto_figure(trials, objective, plan.config.mode, plan.config.cost, folder / "pareto.png"))
     if shares:
-        panels = {titles[stage]: found for stage, found in shares.items()}
-        files.append(importance_figure(panels, folder / "importances.png"))
+        files.append(importance_figure(shares, folder / "importances.png"))
     return files
 
 
@@ -195,9 +207,10 @@ def _importance_table(stage: str, compared: "Study") -> "RenderableType":
         )
     hint = "a hint: " if num_trials < ENOUGH_TRIALS else ""
     title = f"importances {stage} ({hint}{num_trials} trials)"
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, share in shares.items():
-        table.add_row(key, f"{share:.2f}", "█" * round(30 * share))
+    table = Table("key", *shares, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for key in dict.fromkeys(key for found in shares.values() for key in found):
+        bars = (f"{found[key]:.2f} {'█' * round(20 * found[key])}" if key in found else "" for found in shares.values())
+        table.add_row(key, *bars)
     return table
 
 
