@@ -82,9 +82,11 @@ def sensitivity_figure(stages: Mapping[str, Sequence[Row]], key: str, group: str
             medians = [(10 ** ((third + 0.5) / 3), np.median(found[part == third])) for third in np.unique(part)]
             axes.plot(at, found, "o", color=f"C{number}", alpha=0.5)
             axes.plot(*np.reshape(medians, (-1, 2)).T, "-", color=f"C{number}", label=f"{group} {value}")
-        axes.set_xscale("log")
         axes.set_xlabel(key)
         axes.set_title(title, fontsize=9)
+        _make_log(axes)
+    for axes in panels[1:]:
+        axes.sharex(panels[0])
     panels[0].set_ylabel(objective)
     if values:
         panels[0].legend(frameon=False)
@@ -97,6 +99,7 @@ def importance_figure(views: Mapping[str, Mapping[str, float]], path: Path) -> P
     figure, panels = _panels(len(views), height_in=1.2 + 0.32 * len(names))
     for axes, (title, shares) in zip(panels, views.items(), strict=True):
         axes.barh(names, [shares.get(name, 0.0) for name in names], color="C0")
+        axes.margins(y=0.01)
         axes.set_xlabel("importance")
         axes.set_title(title, fontsize=9)
     return _save(figure, path)
@@ -145,10 +148,20 @@ def _height(value: Any, searched: Range) -> float:
 
 def _mark_axis(axes: "Axes", searched: Range) -> None:
     if searched.log_uniform is not None:
-        axes.set_xscale("log")
+        _make_log(axes)
     if searched.choice is not None:
         axes.set_xticks(range(len(searched.choice)), [_text(choice) for choice in searched.choice])
         axes.set_xlim(-0.5, len(searched.choice) - 0.5)
+
+
+def _make_log(axes: "Axes") -> None:
+    """Counts x in decades, with numbers at 1, 2 and 5 of each; all of them would overlap."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _text(value: Any) -> str:
