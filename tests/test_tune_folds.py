@@ -251,6 +251,26 @@ def test_finalists_of_two_objectives_lie_on_the_front(study: Path) -> None:  # n
     assert chosen.number == 3
 
 
+def test_fewer_finalists_than_an_earlier_command_wanted(study: Path) -> None:  # noqa: F811
+    optuna_study = open_study(load_plan(study))
+    for value in (0.7, 0.9, 0.8):
+        optuna_study.tell(optuna_study.ask(), value)
+
+    def in_line() -> list[tuple[int, int]]:
+        trials = [trial for trial in optuna_study.trials if trial.state.name == "WAITING"]
+        return [(repeat.number, repeat.seed) for trial in trials if (repeat := repeat_of(trial)) is not None]
+
+    enqueue_finalists(optuna_study, load_plan(study, ["finalists=3", "finalist_seeds=2"]))
+    assert in_line() == [(1, 1), (1, 2), (2, 1), (2, 2), (0, 1), (0, 2)]
+    enqueue_finalists(optuna_study, load_plan(study, ["finalists=2", "finalist_seeds=1"]))
+    assert in_line() == [(1, 1), (2, 1)]
+    assert len(trained(optuna_study)) == 3, "what was taken out of line is no trial of the search"
+    enqueue_finalists(optuna_study, load_plan(study, ["finalists=3", "finalist_seeds=1"]))
+    assert in_line() == [(1, 1), (2, 1), (0, 1)]
+    enqueue_finalists(optuna_study, load_plan(study, ["finalists=1"]))
+    assert in_line() == []
+
+
 def test_a_finalist_that_a_time_budget_cuts_short_is_back_in_line(study: Path) -> None:  # noqa: F811
     optuna_study = open_study(load_plan(study))
     optuna_study.enqueue_trial({}, user_attrs={"repeats": (0, 1)})

@@ -4,7 +4,7 @@ Only the driver of a study writes to it, so one SQLite file is enough on a clust
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from meamtm.config import Value
@@ -165,13 +165,24 @@ def ranked(study: "Study", mode: str) -> "list[FrozenTrial]":
 def enqueue_finalists(study: "Study", plan: Plan) -> None:
     """Puts the best trials of a search in line once more, each with the seeds after the base run's."""
     config, first = plan.config, plan.base.train.seed + 1
-    if config.finalists == 1:
-        return
-    there = {repeat_of(trial) for trial in study.get_trials(deepcopy=False)}
-    for trial in _finalists(study, plan)[: config.finalists]:
-        for seed in range(first, first + config.finalist_seeds):
-            if (repeat := Repeat(trial.number, seed)) not in there:
-                study.enqueue_trial(trial.params, user_attrs={"repeats": repeat})
+    finalists = [] if config.finalists == 1 else _finalists(study, plan)[: config.finalists]
+    seeds = range(first, first + config.finalist_seeds)
+    wanted = [Repeat(trial.number, seed) for trial in finalists for seed in seeds]
+    _withdraw(study, wanted)
+    there = {repeat_of(trial) for trial in study.get_trials(deepcopy=False) if not is_rejected(trial)}
+    for repeat in wanted:
+        if repeat not in there:
+            study.enqueue_trial(study.trials[repeat.number].params, user_attrs={"repeats": repeat})
+
+
+def _withdraw(study: "Study", wanted: "Sequence[Repeat]") -> None:
+    """Takes finalists' trials out of line that an earlier command wanted and this one does not."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        if (repeat := repeat_of(trial)) is not None and repeat not in wanted:
+            study._storage.set_trial_user_attr(trial._trial_id, "rejected", "no finalist any more")
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
 
 
 def num_waiting_repeats(study: "Study") -> int:
