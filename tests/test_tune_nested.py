@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from test_tune_study import call, cluster, recorded, study  # noqa: F401
 
 from meamtm.config import flatten, read_yaml
@@ -69,8 +68,6 @@ def test_each_studys_choice_is_tested_with_each_seed_on_the_fold_it_never_heard(
     study: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = yaml.safe_load(study.read_text())
-    study.write_text(yaml.safe_dump({**settings, "finalists": 2, "finalist_seeds": 1}))
     words, lines = [*INNER, *SHORT], []
     nested = plan_nested(study, words, [1, 3])
     results = choose_each(nested, lines.append)
