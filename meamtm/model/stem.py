@@ -101,7 +101,9 @@ class ConvStem(Stem):
 
     def forward(self, image: Image, num_frames: Lengths | None = None) -> Grid:
         """Gives the grid of patches, channels last."""
-        image = _channels_last(self._long_enough(image))
+        image = self._long_enough(image)
+        if torch.is_grad_enabled():  # without, as when batch norm's statistics are taken anew, sums stay the exact ones
+            image = _channels_last(image)
         image = self.stages(image) if num_frames is None else self._stages_by_length(image, num_frames)
         return self.proj(image).permute(0, 2, 3, 1)
 
