@@ -12,6 +12,7 @@ import argparse
 import csv
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -86,14 +87,18 @@ def rows(results: dict[str, CrossValidation]) -> list[dict[str, str]]:
         {
             "config": name,
             "mean %": f"{100 * statistics.fmean(result.values()):.2f}",
-            "std of runs": f"{100 * deviation(result.values()):.2f}",
-            "std of seeds": f"{100 * deviation(result.seed_means()):.2f}",
+            "std of runs": _deviation(result.values()),
+            "std of seeds": _deviation(result.seed_means()),
             "points": f"{100 * (statistics.fmean(result.values()) - first):+.2f}",
             "runs": str(len(result.rows)),
             "min a run": f"{statistics.median(minutes(Path(row.run_folder)) for row in result.rows):.1f}",
         }
         for name, result in results.items()
     ]
+
+
+def _deviation(shares: Sequence[float]) -> str:
+    return f"{100 * deviation(shares):.2f}" if len(shares) > 1 else "-"
 
 
 def minutes(folder: Path) -> float:
@@ -105,7 +110,9 @@ def minutes(folder: Path) -> float:
 def show(results: dict[str, CrossValidation]) -> None:
     """Prints what is known so far."""
     found = rows(results)
-    table = Table(*found[0])
+    table = Table()
+    for name in found[0]:
+        table.add_column(name, overflow="fold")
     for row in found:
         table.add_row(*row.values())
     Console().print(table)
