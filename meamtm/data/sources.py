@@ -130,8 +130,8 @@ def _from_esc(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, 
             raise DataError(
                 f"{table} line {line}: target={target} is both {names[target]} and {category}; number classes apart"
             )
-        name = row["filename"]
-        clip_id = _clip_id(Path(name))
+        name = Path(row["filename"])
+        clip_id = _clip_id(name)
         group = row.get("src_file") or _esc_source(name)
         path = _inside(source / "audio", name, table, line)
         entries.append(Entry(clip_id, path, (category,), group, _fold(row, table, line)))
@@ -147,10 +147,10 @@ def _clip_id(path: Path) -> str:
     return path.as_posix().removesuffix(path.suffix)
 
 
-def _esc_source(filename: str) -> str:
+def _esc_source(name: Path) -> str:
     """FOLD-SOURCE-TAKE-TARGET names its source recording; any other name is its own."""
-    parts = Path(filename).stem.split("-")
-    return parts[1] if len(parts) == 4 else Path(filename).stem
+    parts = name.stem.split("-")
+    return parts[1] if len(parts) == 4 else name.stem
 
 
 def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
@@ -160,7 +160,7 @@ def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[
         if not labels:
             raise DataError(f"{table} line {line}: label is empty; name at least one class")
         name = Path(row["path"])
-        path = _inside(source, row["path"], table, line)
+        path = _inside(source, name, table, line)
         clip_id = _clip_id(name)
         fold = _fold(row, table, line) if row.get("fold") else None
         split = row.get("split") or None
@@ -236,9 +236,9 @@ def _fold(row: Mapping[str, str], table: Path, line: int) -> int:
     return fold
 
 
-def _inside(folder: Path, name: str, table: Path, line: int) -> Path:
+def _inside(folder: Path, name: Path, table: Path, line: int) -> Path:
     """A path below a folder; a list must not reach out of it."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if name.is_absolute() or ".." in name.parts:
         raise DataError(f"{table} line {line}: {name} lies outside {folder}; write paths relative to it")
     return folder / name
 
