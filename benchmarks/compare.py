@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -133,3 +134,5 @@ if __name__ == "__main__":
         main()
     except MeamtmError as error:
         sys.exit(f"compare: {error}")
+    except typer.Exit as stop:  # what had been told to stop has said how to go on
+        sys.exit(stop.exit_code)
