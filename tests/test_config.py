@@ -130,6 +130,7 @@ ANOTHER: dict[str, Any] = {
     "optim.mel_lr_scale": 0.01,
     "train.epochs": 7,
     "train.batch_size": 16,
+    "train.epoch_batches": 5,
     "train.seed": 1,
     "train.ema_decay": 0.0,
     "train.recalibrate": False,

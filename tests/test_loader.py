@@ -95,7 +95,7 @@ def test_each_clip_is_heard_once_by_one_rank(clips, streams, size, train, row_gr
 
 def plan(loader: Loader, epoch: int) -> list[tuple[list[int], int]]:
     """Clips and global size of each batch, without reading a sound."""
-    return [(indices.tolist(), num_global) for indices, _, num_global in loader.plan(epoch)]
+    return [(indices.tolist(), num_global) for indices, _, num_global in loader.plan(3)]
 
 
 @given(sizes, st.sampled_from([None, 3, 16]), st.integers(0, 5))
@@ -258,3 +258,48 @@ def test_too_few_clips_or_too_small_a_batch_for_the_workers_is_refused(clips: Cl
         make(clips, 100, 2, world_size=4)
     with pytest.raises(DataError, match=r"no clip is left to be heard; check data\.test_fold"):
         make(clips, 0)
+
+
+# --- few clips, many batches
+
+
+@given(
+    num_clips=st.integers(1, 100),
+    batch_size=st.integers(1, 40),
+    least_batches=st.integers(1, 30),
+    world_size=st.integers(1, 3),
+)
+def test_few_clips_are_heard_equally_often_pass_after_pass(
+    clips: Clips, num_clips: int, batch_size: int, least_batches: int, world_size: int
+) -> None:
+    num_clips, batch_size = max(num_clips, 2 * world_size), max(batch_size, 2 * world_size)  # no batch lacks a rank's
+    options = {"least_batches": least_batches, "world_size": world_size}
+    loaders = [make(clips, num_clips, batch_size, rank=rank, **options) for rank in range(world_size)]
+    num_passes = loaders[0].num_heard // num_clips
+    assert loaders[0].num_batches >= least_batches
+    assert num_passes == 1 or -(-(num_passes - 1) * num_clips // batch_size) < least_batches, "no more than it takes"
+    whole = [indices for indices, _, _ in make(clips, num_clips, batch_size, least_batches=least_batches).plan(3)]
+    for parts in zip(*(loader.plan(3) for loader in loaders), strict=True):
+        shares = [indices for indices, _, _ in parts]
+        assert sorted(np.concatenate(shares)) == sorted(whole.pop(0))
+    order = np.concatenate(
+        [batch for batch, _, _ in make(clips, num_clips, batch_size, **options | {"world_size": 1}).plan(3)]
+    )
+    for part in order.reshape(num_passes, num_clips):
+        assert sorted(part) == list(range(num_clips))
+
+
+def test_a_loader_of_enough_clips_is_what_it_was(clips: Clips) -> None:
+    for ours, plain in zip(make(clips, least_batches=7).plan(2), make(clips).plan(2), strict=True):
+        assert all(np.array_equal(mine, others) for mine, others in zip(ours, plain, strict=True))
+
+
+def test_each_pass_crops_a_long_clip_anew(uneven: Clips) -> None:
+    loader = Loader(uneven, np.arange(len(uneven)), 4_000, 2, seed=0, train=True, least_batches=60)
+    starts: dict[int, list[int]] = {}
+    for indices, firsts, _ in loader.plan(0):
+        for clip, first in zip(indices.tolist(), firsts.tolist(), strict=True):
+            starts.setdefault(clip, []).append(first)
+    for clip, found in starts.items():
+        assert len(found) == 20
+        assert (len(set(found)) > 10) == (uneven.num_samples[clip] > 4_000)

@@ -71,6 +71,20 @@ def test_training_lowers_the_loss_and_beats_chance(packed: Path, cache_dir: Path
     assert metrics["valid/accuracy"] > 0.2, record.column("valid/accuracy")
 
 
+def test_an_epoch_of_several_passes_tells_the_mean_loss_of_a_clip(
+    packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    changes = {**PLAIN, "encoder.stem": "patch", "encoder.patch": [8, 6], "encoder.stride": [8, 6], "optim.lr": 1e-9}
+    plain, passes = (
+        train(config, local(config))
+        for name, least in (("plain", 1), ("passes", 12))
+        for config in [
+            tiny(packed, cache_dir, tmp_path / name, changes | {"train.epochs": 1, "train.epoch_batches": least})
+        ]
+    )
+    assert passes["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-5)
+
+
 def test_a_finished_run_trains_no_more(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
     config = tiny(packed, cache_dir, tmp_path)
     first, second = Record(), Record()

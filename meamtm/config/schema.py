@@ -100,6 +100,12 @@ class TrainConfig(Section):
 
     epochs: int = Field(default=100, ge=1, le=100_000, description="passes over the training clips")
     batch_size: int = Field(default=32, ge=1, le=65_536, description="clips per step, over all workers together")
+    epoch_batches: int = Field(
+        default=1,
+        ge=1,
+        le=65_536,
+        description="batches that an epoch has at least: few clips are passed through several times in one",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="initial weights, order, augmentation")
     ema_decay: float = Field(
         default=0.99, ge=0, lt=1, description="of the averaged weights that are evaluated and kept; 0: no averaging"

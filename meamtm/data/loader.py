@@ -1,8 +1,9 @@
 """Clips -> batches of waveforms, dealt to ranks.
 
 The order of an epoch is a function of (seed, epoch) alone. Its global batches differ in size by one clip at most, and
-rank r takes the r-th of every `world_size` clips of each. So every clip is heard exactly once, all ranks take as many
-steps, and the two integers (epoch, batch) are the whole cursor.
+rank r takes the r-th of every `world_size` clips of each. So every clip is heard exactly once (where few clips are to
+make many batches, equally often), all ranks take as many steps, and the two integers (epoch, batch) are the whole
+cursor.
 
 Memory is reused: rows are copied into a buffer that nobody refers to any more, because fresh pages cost more than the
 copy. A batch that is kept stays as it is, and then the next one gets a buffer of its own."""
@@ -39,8 +40,9 @@ class Batch:
 class Loader:
     """Deals clips to one rank, `clip_samples` at a time.
 
-    Training hears each clip once per epoch, cropped at random when it is longer. Evaluation keeps the order and cuts a
-    longer clip into at most 8 evenly spaced windows, so that `Batch.index` may name a clip several times.
+    Training hears each clip once per epoch, cropped at random when it is longer; where that makes less than
+    `least_batches`, it passes through all clips as often as it takes. Evaluation keeps the order and cuts a longer clip
+    into at most 8 evenly spaced windows, so that `Batch.index` may name a clip several times.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Loader:
         *,
         seed: int,
         train: bool,
+        least_batches: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -61,10 +64,13 @@ class Loader:
         self._train, self._indices, self._spare = train, indices, spare
         if not train:
             self._indices, self._starts = _windows(indices, spare, clip_samples)
-        num_heard = len(self._indices)
-        self.num_batches = -(-num_heard // batch_size)
-        _check(num_heard, batch_size, self.num_batches, world_size)
-        self._edges = np.arange(self.num_batches + 1) * num_heard // self.num_batches
+        least_heard = (least_batches - 1) * batch_size + 1
+        self._num_passes = max(1, -(-least_heard // max(len(self._indices), 1))) if train else 1
+        self.num_heard = self._num_passes * len(self._indices)
+        """Clips of an epoch, over all ranks; windows, where it evaluates."""
+        self.num_batches = -(-self.num_heard // batch_size)
+        _check(self.num_heard, batch_size, self.num_batches, world_size)
+        self._edges = np.arange(self.num_batches + 1) * self.num_heard // self.num_batches
         self._targets = clips.targets
         self._buffers: list[Int16[np.ndarray, "batch time"]] = []
 
@@ -86,12 +92,15 @@ class Loader:
         """Clips in the order of an epoch, and the sample from which each is heard."""
         if not self._train:
             return self._indices, self._starts
-        order = _shuffle(self._clips.waveforms.pools(), self._indices, np.random.default_rng((self._seed, epoch, 0)))
+        pools, rng = self._clips.waveforms.pools(), np.random.default_rng((self._seed, epoch, 0))
+        order = np.concatenate([_shuffle(pools, self._indices, rng) for _ in range(self._num_passes)])
         indices = self._indices[order]
         if not self._spare.any():
             return indices, np.zeros_like(indices)
-        where = np.random.default_rng((self._seed, epoch, 1)).random(len(self._clips))  # by clip, so by no rank
-        return indices, (where[indices] * (self._spare[order] + 1)).astype(np.int64)
+        size = (self._num_passes, len(self._clips))
+        where = np.random.default_rng((self._seed, epoch, 1)).random(size)  # by clip, so by no rank
+        number = np.repeat(np.arange(self._num_passes), len(self._indices))  # (heard,): of its pass
+        return indices, (where[number, indices] * (self._spare[order] + 1)).astype(np.int64)
 
     def _buffer(self) -> Int16[np.ndarray, "batch time"]:
         """A buffer that no batch, array or tensor refers to."""

@@ -141,16 +141,23 @@ def _check(config: RunConfig, *, is_new: bool) -> Borrowed | None:
     """Makes what training makes, to see whether folds, batches, bands, optimizer and a new run's weights can be had."""
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     split = split_clips(clips, config.data)
-    indices = split.train
     if config.train.keep == "best" and len(split.valid) == 0:
         raise ConfigError(
             f"train.keep=best: no clip to choose the epoch on (data.valid_fold={config.data.valid_fold}); set "
             f"data.valid_fold to a fold that is not the test fold, or train.keep=last"
         )
-    world_size = max(config.scale.most_workers, 1)
-    Loader(clips, indices, config.clip_samples, config.train.batch_size, seed=0, train=True, world_size=world_size)
+    loader = Loader(
+        clips,
+        split.train,
+        config.clip_samples,
+        config.train.batch_size,
+        seed=0,
+        train=True,
+        least_batches=config.train.epoch_batches,
+        world_size=max(config.scale.most_workers, 1),
+    )
     if config.scale.most_workers == 0:
-        check_memory(config, len(clips.classes), len(indices), choose_device(config.scale))
+        check_memory(config, len(clips.classes), loader.num_heard, choose_device(config.scale))
     model = AudioTransformer(config, len(clips.classes))
     make_optimizer(model, config.optim)
     return borrow(model.encoder, config.encoder) if is_new and config.encoder.pretrained != "none" else None

@@ -53,6 +53,7 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
         config.train.batch_size,
         seed=config.train.seed,
         train=True,
+        least_batches=config.train.epoch_batches,
         rank=context.rank,
         world_size=context.world_size,
     )
@@ -72,7 +73,7 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
                 raise Stopped(
                     f"stopped after {learner.epoch} epochs and {learner.batch} batches; the same command continues"
                 )
-        metrics = _finish_epoch(learner, len(split.train))
+        metrics = _finish_epoch(learner, loader.num_heard)
         is_last, keeps_best = learner.epoch == config.train.epochs, config.train.keep == "best"
         if config.train.recalibrate and (is_last or keeps_best):
             ranks = {"rank": context.rank, "world_size": context.world_size}
