@@ -1,8 +1,10 @@
 """The training loop: it learns, ends, says that it is done, stops when asked and refuses what cannot work."""
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import PLAIN, Record, local, tiny
@@ -193,3 +195,20 @@ def test_the_test_fold_is_what_its_clips_say(packed: Path, cache_dir: Path, tmp_
     assert set(evaluation.clip_ids) == {clips.ids[i] for i in range(len(clips)) if clips.folds[i] == 1}
     assert evaluation.confusion.sum() == len(evaluation.clip_ids)
     assert evaluate(run_folder(config), fold=3).fold == 3
+
+
+def test_another_data_set_may_order_the_same_classes_otherwise(
+    sounds: Path, packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """A manifest's classes are in the alphabet's order, those of ESC's CSV in that of its targets."""
+    with (sounds / "synth.csv").open(encoding="utf-8") as file:
+        lines = [f"{row['filename']},{row['category']},{row['fold']}\n" for row in csv.DictReader(file)]
+    (tmp_path / "list.csv").write_text("path,label,fold\n" + "".join(lines))
+    card = pack(sounds / "audio", tmp_path / "by-name", tmp_path / "list.csv")
+    config = tiny(packed, cache_dir, tmp_path)
+    own = run_here(config).evaluation
+    other = evaluate(run_folder(config), str(tmp_path / "by-name"), fold=1)
+    assert card.classes == tuple(sorted(own.classes)) != own.classes
+    assert other.classes == own.classes
+    assert other.metrics == pytest.approx(own.metrics)
+    assert np.array_equal(other.confusion, own.confusion)

@@ -45,7 +45,8 @@ class Evaluation:
 def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = None) -> Evaluation:
     """Tests a checkpoint on its test fold, or on another fold or data set.
 
-    Of a data set that it was not trained on, every clip is used unless a fold is named.
+    Of a data set that it was not trained on, every clip is used unless a fold is named. Labels are in the checkpoint's
+    order, whatever the data set's is.
     """
     saved = load_model(checkpoint)
     changes = {"data.path": data_path} if data_path else {}
@@ -61,10 +62,12 @@ def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = 
         raise DataError(f"data.test_fold={config.data.test_fold}: no clip to test on; name a fold with --fold")
     model = saved.model.to(choose_device(config.scale))
     probability, target = classify(model, config, clips, indices)
+    classes = saved.labels.classes
+    target = target[:, [clips.classes.index(name) for name in classes]]  # another data set may order them otherwise
     return Evaluation(
         checkpoint=saved.folder,
         fold=None if is_foreign else config.data.test_fold,
-        classes=clips.classes,
+        classes=classes,
         metrics={
             f"test/{key}": value for key, value in scores(probability, target, multi_label=clips.multi_label).items()
         },
@@ -78,7 +81,7 @@ def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = 
 def _check_data(saved: Saved, card: Card, path: str, *, is_given: bool) -> None:
     """Refuses other classes, and clips that changed under the run's own name, since it may have heard them."""
     classes = saved.labels.classes
-    if card.classes != classes:
+    if set(card.classes) != set(classes):
         raise CheckpointError(
             f"{saved.folder} names {len(classes)} classes, {list(classes)[:4]}..., and {path} has {len(card.classes)}, "
             f"{list(card.classes)[:4]}...; evaluate on data with the same ones"
