@@ -121,15 +121,16 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
 
     resolved = load(config, parse_changes(changes or []))  # before torch is loaded: a mistake shows at once
     from meamtm.model.cost import cost
-    from meamtm.model.memory import peak_training_bytes
+    from meamtm.training.memory import checkpoint_bytes, peak_training_bytes
 
     print_settings(resolved)
-    price = cost(resolved, _num_labels(resolved))
+    num_labels = _num_labels(resolved)
+    price, checkpoint_mb = cost(resolved, num_labels), checkpoint_bytes(resolved, num_labels) / 1e6
     typer.echo(
         f"{price.num_params:,} parameters, {price.num_tokens} tokens, "
-        f"{price.num_macs / 1e6:,.0f} million MACs per clip, checkpoint {price.checkpoint_bytes / 1e6:,.1f} MB"
+        f"{price.num_macs / 1e6:,.0f} million MACs per clip, checkpoint {checkpoint_mb:,.1f} MB"
     )
-    peak_mb = peak_training_bytes(resolved, _num_labels(resolved)) / 1e6
+    peak_mb = peak_training_bytes(resolved, num_labels) / 1e6
     typer.echo(f"training allocates {peak_mb:,.0f} MB at its peak, in each process, beside Python and its libraries")
 
 

@@ -13,7 +13,7 @@ from tiny import tiny
 
 from meamtm.config import from_flat
 from meamtm.errors import ConfigError
-from meamtm.model.memory import memory_limit_bytes, peak_training_bytes
+from meamtm.training.memory import memory_limit_bytes, peak_training_bytes
 from meamtm.training.run import run_here
 
 AST = {

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meamtm.config import OptimConfig, from_flat
+from meamtm.config import OptimConfig, RunConfig, from_flat, override
 from meamtm.errors import ConfigError
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.optim import lr_factor, make_optimizer, set_lr
+from meamtm.training.optim import count_state, lr_factor, make_optimizer, set_lr
 
 SCHEDULES = ("cosine", "onecycle", "step", "constant")
 schedules = st.sampled_from(SCHEDULES)
@@ -26,11 +26,15 @@ def course(config: OptimConfig, num_steps: int, steps_per_epoch: int = 10) -> li
     return [lr_factor(config, step, num_steps, steps_per_epoch) for step in range(num_steps)]
 
 
-def tiny_model(pool: str = "cls", **mel: Any) -> AudioTransformer:
+def tiny_config(pool: str = "cls", **mel: Any) -> RunConfig:
     shape = {"data.clip_s": 0.5, "mel.sample_rate_hz": 8_000, "mel.num_bands": 16, "encoder.stem_channels": [8]}
     width = {"encoder.heads": 1, "encoder.head_dim": 8, "encoder.depth": 1, "encoder.pool": pool}
+    return from_flat(shape | width | {f"mel.{key}": value for key, value in mel.items()})
+
+
+def tiny_model(pool: str = "cls", **mel: Any) -> AudioTransformer:
     torch.manual_seed(0)
-    return AudioTransformer(from_flat(shape | width | {f"mel.{key}": value for key, value in mel.items()}), 3)
+    return AudioTransformer(tiny_config(pool, **mel), 3)
 
 
 @given(schedule=schedules, warmup=st.floats(0, 0.9), final=st.floats(0, 1), num_steps=st.integers(1, 300))
@@ -124,7 +128,7 @@ def test_biases_norms_and_positions_do_not_decay(pool: str) -> None:
     assert set(decays.values()) == {0.0, 0.3}
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "nadamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "nadamw", "adafactor", "muon"])
 def test_timms_optimizers_lower_a_loss(name: str) -> None:
     model = tiny_model()
     optimizer = make_optimizer(model, optim(name=name, lr=3e-3))
@@ -152,6 +156,19 @@ def test_one_pass_over_all_weights_where_the_optimizer_has_it(name: str, is_fuse
     optimizer = make_optimizer(tiny_model(trainable=trainable), optim(name=name))
     assert bool(optimizer.defaults.get("fused")) == is_fused
     assert all(bool(group.get("fused")) == is_fused for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactor", "muon", "adamp"])
+def test_what_an_optimizer_will_keep_is_counted_without_its_memory(name: str, trainable: bool) -> None:
+    """AdamP looks at numbers in its step, and keeps as many as Adam."""
+    config = override(tiny_config(trainable=trainable), {"optim.name": name})
+    model = tiny_model(trainable=trainable)
+    optimizer = make_optimizer(model, config.optim)
+    model(torch.randn(2, 4_000)).sum().backward()
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert count_state(config, 3) == sum(value.numel() for value in kept)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])

@@ -17,12 +17,12 @@ from meamtm.config import RunConfig, from_flat
 from meamtm.data.packed import read_card
 from meamtm.distributed import make_trainer
 from meamtm.errors import MeamtmError
-from meamtm.model.memory import check_memory
 from meamtm.tracking import JsonLines
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.context import LocalContext, choose_device
 from meamtm.training.evaluate import evaluate
 from meamtm.training.lock import held
+from meamtm.training.memory import check_memory
 from meamtm.training.notes import following
 from meamtm.training.run import run_folder
 from meamtm.training.train import train

@@ -41,6 +41,11 @@ class MelConfig(Section):
         return 1 << (self.window_samples - 1).bit_length()
 
     @property
+    def num_bins(self) -> int:
+        """Frequencies of the transform, from 0 to half of the sample rate."""
+        return self.num_fft // 2 + 1
+
+    @property
     def top_hz(self) -> float:
         """Upper edge of the highest band, Hz."""
         return self.fmax_hz if self.fmax_hz is not None else self.sample_rate_hz / 2

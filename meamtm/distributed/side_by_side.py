@@ -10,9 +10,9 @@ from meamtm.data.packed import read_card
 from meamtm.distributed.cluster import check_resources, connect, uses_gpu
 from meamtm.distributed.workers import run
 from meamtm.errors import MeamtmError
-from meamtm.model.memory import peak_training_bytes
 from meamtm.tracking import Listener, Metrics, read_rows
 from meamtm.training.context import Stopped
+from meamtm.training.memory import peak_training_bytes
 from meamtm.training.notes import POLL_S, is_told_to_stop, stop_sign
 from meamtm.training.run import Outcome, absolute, recall, run_folder, run_here
 

@@ -21,10 +21,10 @@ from meamtm.config import RunConfig, flatten, from_flat, run_name
 from meamtm.data.packed import read_card
 from meamtm.distributed.cluster import ENVIRONMENT, check_resources, connect, uses_gpu
 from meamtm.errors import MeamtmError
-from meamtm.model.memory import check_memory
 from meamtm.tracking import Sink
 from meamtm.training.checkpoint import NUM_KEPT, newest
 from meamtm.training.context import Stopped
+from meamtm.training.memory import check_memory
 from meamtm.training.notes import POLL_S, following, is_told_to_stop, leave_report, stop_sign
 from meamtm.training.run import (
     Outcome,

@@ -16,23 +16,24 @@ class Cost:
     num_params: int
     num_tokens: int
     num_macs: int
-    checkpoint_bytes: int
+
+
+def weightless(config: RunConfig, num_labels: int) -> Encoder:
+    """Builds the model behind the spectrogram on torch's meta device, where weights have a shape and no memory."""
+    with torch.device("meta"):
+        return Encoder(config.encoder, (config.mel.num_bands, config.num_frames), num_labels)
 
 
 def cost(config: RunConfig, num_labels: int = 10) -> Cost:
     """Builds the model without memory for its weights and counts."""
-    with torch.device("meta"):
-        size = (config.mel.num_bands, config.num_frames)
-        encoder = Encoder(config.encoder, size, num_labels).eval().requires_grad_(False)
-        image = torch.empty(1, 1, *size)
+    encoder = weightless(config, num_labels).eval().requires_grad_(False)
+    image = torch.empty(1, 1, config.mel.num_bands, config.num_frames, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(image)
     num_params = sum(parameter.numel() for parameter in encoder.parameters())
-    num_params += config.mel.num_bands * (config.mel.num_fft // 2 + 1) if config.mel.trainable else 0
-    copies = 2 + 2 + (config.train.ema_decay > 0)  # weights kept, weights trained, two moments, the average
+    num_params += config.mel.num_bands * config.mel.num_bins if config.mel.trainable else 0
     return Cost(
         num_params=num_params,
         num_tokens=encoder.patch_embed.num_patches + encoder.num_prefix_tokens,
         num_macs=counter.get_total_flops() // 2,
-        checkpoint_bytes=4 * num_params * copies,
     )

@@ -51,7 +51,7 @@ def _nnaudio(config: MelConfig) -> tuple[Tensor, Tensor, Tensor]:
     empty = int((basis.amax(dim=1) <= 0).sum())
     if empty:
         raise ConfigError(
-            f"mel.num_bands={config.num_bands}: {empty} bands lie between two of the {config.num_fft // 2 + 1} "
+            f"mel.num_bands={config.num_bands}: {empty} bands lie between two of the {config.num_bins} "
             f"frequency bins and would stay empty; lower it, raise mel.fmin_hz or lengthen mel.window_ms"
         )
     cosine, sine = layer.get_buffer("stft.wcos"), layer.get_buffer("stft.wsin")  # (bin, 1, num_fft)
@@ -59,7 +59,7 @@ def _nnaudio(config: MelConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _kaldi(config: MelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    num_samples, num_bins = config.window_samples, config.num_fft // 2 + 1
+    num_samples, num_bins = config.window_samples, config.num_bins
     window = torch.hann_window(num_samples, periodic=False, dtype=torch.float64)
     turns = torch.outer(torch.arange(num_bins), torch.arange(num_samples)) % config.num_fft
     angle = 2 * math.pi / config.num_fft * turns.double()  # (bin, sample)

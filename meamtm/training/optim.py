@@ -4,42 +4,71 @@ import inspect
 import math
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay  # type: ignore
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meamtm.config import OptimConfig
+from meamtm.config import OptimConfig, RunConfig
 from meamtm.errors import ConfigError
+from meamtm.model.cost import weightless
+from meamtm.model.encoder import Encoder
 from meamtm.model.transformer import AudioTransformer
 
 
 def make_optimizer(model: AudioTransformer, config: OptimConfig) -> Optimizer:
     """Builds timm's optimizer, without weight decay on biases, norms, position embeddings and a trained mel basis."""
+    return _build(model.encoder, list(model.mel.parameters()), config)
+
+
+def count_state(config: RunConfig, num_labels: int = 10) -> int:
+    """Counts the numbers that the optimizer keeps, by a step of weights that have no memory.
+
+    AdamW keeps two for each weight, Muon one, and two for those that are no matrices. What looks at numbers in its step
+    cannot be asked so, and counts as AdamW.
+    """
+    encoder = weightless(config, num_labels)
+    with torch.device("meta"):
+        basis = [nn.Parameter(torch.empty(config.mel.num_bands, config.mel.num_bins))] if config.mel.trainable else []
+    optimizer = _build(encoder, basis, config.optim)
+    weights = [*encoder.parameters(), *basis]
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
     try:
-        optimizer = create_optimizer_v2(_groups(model, config), opt=config.name, lr=config.lr, **_fused(config.name))
+        optimizer.step()
+    except RuntimeError:
+        return 2 * sum(weight.numel() for weight in weights)
+    state = (value for kept in optimizer.state.values() for value in kept.values())
+    return sum(value.numel() for value in state if isinstance(value, Tensor))
+
+
+def _build(encoder: Encoder, basis: list[nn.Parameter], config: OptimConfig) -> Optimizer:
+    on_meta = next(encoder.parameters()).is_meta
+    try:
+        options = {} if on_meta else _fused(config.name)
+        return create_optimizer_v2(_groups(encoder, basis, config), opt=config.name, lr=config.lr, **options)
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"optim.name={config.name!r}: timm cannot build it ({error}); see timm.optim.list_optimizers()"
         ) from error
-    return optimizer
 
 
-def _groups(model: AudioTransformer, config: OptimConfig) -> list[dict[str, Any]]:
+def _groups(encoder: Encoder, basis: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
     """Sorts weights by what the optimizer does to them; the encoder's come first, at the full rate.
 
     Adam moves a weight by about its rate in each step. At a tenth of the default rate a thousand steps all in one
     direction move the root of the basis by 0.1, about what a triangle's peak has (0.04 to 0.18 for `slaney`): bands may
     change their form, and cannot be gone after a hundred steps.
     """
-    encoder = model.encoder
     groups = param_groups_weight_decay(encoder, config.weight_decay, no_weight_decay_list=encoder.no_weight_decay())
     mel = {
-        "params": list(model.mel.parameters()),
+        "params": basis,
         "weight_decay": 0.0,
         "lr": config.mel_lr_scale * config.lr,
         "lr_scale": config.mel_lr_scale,
         "use_fallback": True,  # Muon would turn the matrix and fill its zeros; its fallback is AdamW
     }
-    return [*groups, mel] if mel["params"] else groups
+    return [*groups, mel] if basis else groups
 
 
 def _fused(name: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from meamtm.data.loader import Loader
 from meamtm.data.packed import read_card
 from meamtm.data.split import split_clips
 from meamtm.errors import ConfigError, MeamtmError
-from meamtm.model.memory import check_memory
 from meamtm.model.pretrained import Borrowed, borrow
 from meamtm.model.transformer import AudioTransformer
 from meamtm.tracking import (
@@ -36,6 +35,7 @@ from meamtm.training.checkpoint import Labels, check_origin, newest, read_record
 from meamtm.training.context import LocalContext, choose_device
 from meamtm.training.evaluate import Evaluation, evaluate
 from meamtm.training.lock import held
+from meamtm.training.memory import check_memory
 from meamtm.training.optim import make_optimizer
 from meamtm.training.train import train
 

@@ -1,5 +1,5 @@
-"""A configuration -> the memory that its training takes at its highest, and whether there is as much, before anything
-is trained.
+"""A configuration -> what its training takes, in memory at its highest and on disk, and whether there is as much,
+before anything is trained.
 
 One step forward and back runs on fake tensors, which have a shape and a type but no memory, through the very code that
 trains; every storage that comes and goes is counted."""
@@ -18,37 +18,42 @@ from torch.utils._pytree import tree_leaves
 
 from meamtm.config import RunConfig, override
 from meamtm.errors import ConfigError
-from meamtm.model.encoder import Encoder
+from meamtm.model.cost import cost, weightless
 from meamtm.model.precision import autocast
+from meamtm.training.optim import count_state
 
 CGROUPS = Path("/sys/fs/cgroup")
-MOMENTS = 2
-"""Numbers that AdamW keeps for each weight."""
 
 
 def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
     """Estimates what one process's training allocates at its peak, beyond what Python and torch take by themselves.
 
-    Counted are weights, their moving average, AdamW's moments, gradients, activations and waveforms, on a CPU. What the
-    system shows of a process is more, by the fragments of its heap (docs/results.md).
+    Counted are weights, their moving average, what the optimizer keeps, gradients, activations and waveforms, on a CPU.
+    What the system shows of a process is more, by the fragments of its heap (docs/results.md).
     """
     num_clips = -(-config.train.batch_size // max(config.scale.least_workers, 1))
     num_at_once = -(-num_clips // config.train.accumulation_steps)
-    with torch.device("meta"):
-        size = (config.mel.num_bands, config.num_frames)
-        encoder = Encoder(config.encoder, size, num_labels).train()
+    encoder = weightless(config, num_labels).train()
     encoder.set_grad_checkpointing(config.train.grad_checkpointing)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         _bring_to_cpu(encoder)
         with _Count() as count:
-            image = torch.empty(num_at_once, 1, *size)
+            image = torch.empty(num_at_once, 1, config.mel.num_bands, config.num_frames)
             with autocast(config, image.device):
                 logits = encoder(image)
             logits.float().logsumexp(1).sum().backward()
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in encoder.parameters())
-    kept_copies = 1 + MOMENTS + (config.train.ema_decay > 0) + (config.train.keep == "best")
+    kept_copies = 1 + (config.train.ema_decay > 0) + (config.train.keep == "best")
+    state_bytes = 4 * count_state(config, num_labels)
     waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
-    return count.peak_bytes + kept_copies * weight_bytes + waveform_bytes
+    return count.peak_bytes + kept_copies * weight_bytes + state_bytes + waveform_bytes
+
+
+def checkpoint_bytes(config: RunConfig, num_labels: int = 10) -> int:
+    """Estimates what one checkpoint takes on disk: weights kept and weights trained, what the optimizer keeps, the
+    moving average."""
+    copies = 2 + (config.train.ema_decay > 0)
+    return 4 * (copies * cost(config, num_labels).num_params + count_state(config, num_labels))
 
 
 def check_memory(config: RunConfig, num_labels: int, num_clips: int, device: torch.device) -> None:
