@@ -55,7 +55,7 @@ class BareLoop:
             mask = spectrogram_mask(size, config.augment, generator)
             self.batches.append((waveform, torch.from_numpy(batch.target).clone(), mask))
         self.model = AudioTransformer(config, len(clips.classes))
-        self.optimizer = make_optimizer(self.model, config.optim)
+        self.optimizer = make_optimizer(self.model, config)
         self.num_steps = 0
 
     def step(self) -> None:

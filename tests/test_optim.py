@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.optim import muon
 
 from meamtm.config import OptimConfig, RunConfig, from_flat, override
 from meamtm.errors import ConfigError
@@ -20,6 +21,10 @@ schedules = st.sampled_from(SCHEDULES)
 
 def optim(**changes: Any) -> OptimConfig:
     return OptimConfig.model_validate(changes)
+
+
+def run(**changes: Any) -> RunConfig:
+    return from_flat({f"optim.{key}": value for key, value in changes.items()})
 
 
 def course(config: OptimConfig, num_steps: int, steps_per_epoch: int = 10) -> list[float]:
@@ -119,7 +124,7 @@ def test_setting_the_rate_moves_every_group_by_its_own_scale() -> None:
 @pytest.mark.parametrize("pool", ["mean", "cls", "attention"])
 def test_biases_norms_and_positions_do_not_decay(pool: str) -> None:
     model = tiny_model(pool)
-    optimizer = make_optimizer(model, optim(weight_decay=0.3))
+    optimizer = make_optimizer(model, run(weight_decay=0.3))
     decays = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
     assert len(decays) == len(list(model.parameters())) == sum(len(group["params"]) for group in optimizer.param_groups)
     for name, weight in model.encoder.named_parameters():
@@ -131,7 +136,7 @@ def test_biases_norms_and_positions_do_not_decay(pool: str) -> None:
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "nadamw", "adafactor", "muon"])
 def test_timms_optimizers_lower_a_loss(name: str) -> None:
     model = tiny_model()
-    optimizer = make_optimizer(model, optim(name=name, lr=3e-3))
+    optimizer = make_optimizer(model, run(name=name, lr=3e-3))
     waveform = 0.1 * torch.randn(6, 4_000, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     losses = []
@@ -147,13 +152,13 @@ def test_timms_optimizers_lower_a_loss(name: str) -> None:
 def test_an_optimizer_that_timm_does_not_know_is_refused() -> None:
     message = r"^optim\.name='adamx': timm cannot build it \(.*\); see timm\.optim\.list_optimizers\(\)$"
     with pytest.raises(ConfigError, match=message):
-        make_optimizer(tiny_model(), optim(name="adamx"))
+        make_optimizer(tiny_model(), run(name="adamx"))
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize(("name", "is_fused"), [("adamw", True), ("sgd", True), ("lion", False)])
 def test_one_pass_over_all_weights_where_the_optimizer_has_it(name: str, is_fused: bool, trainable: bool) -> None:
-    optimizer = make_optimizer(tiny_model(trainable=trainable), optim(name=name))
+    optimizer = make_optimizer(tiny_model(trainable=trainable), run(name=name))
     assert bool(optimizer.defaults.get("fused")) == is_fused
     assert all(bool(group.get("fused")) == is_fused for group in optimizer.param_groups)
 
@@ -164,23 +169,44 @@ def test_what_an_optimizer_will_keep_is_counted_without_its_memory(name: str, tr
     """AdamP looks at numbers in its step, and keeps as many as Adam."""
     config = override(tiny_config(trainable=trainable), {"optim.name": name})
     model = tiny_model(trainable=trainable)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config)
     model(torch.randn(2, 4_000)).sum().backward()
     optimizer.step()
     kept = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     assert count_state(config, 3) == sum(value.numel() for value in kept)
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("name", ["muon", "nmuon", "adamuon"])
+def test_muon_multiplies_in_the_precision_of_the_run(
+    name: str, precision: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm's class has no option for it, and a processor without bf16 takes fifty times as long in bf16."""
+    original, seen = muon.zeropower_via_newtonschulz, []
+
+    def listen(*args: Any, dtype: torch.dtype = torch.bfloat16, **options: Any) -> torch.Tensor:
+        seen.append(dtype)
+        return original(*args, dtype=dtype, **options)
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", listen)
+    model = tiny_model()
+    optimizer = make_optimizer(model, override(run(name=name), {"train.precision": precision}))
+    model(torch.randn(2, 4_000)).sum().backward()
+    optimizer.step()
+    assert set(seen) == {expected}
+    assert muon.zeropower_via_newtonschulz is listen, "other optimizers of this process keep theirs"
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
 def test_a_trained_mel_basis_has_its_own_rate_and_no_decay(name: str) -> None:
     model = tiny_model(trainable=True)
-    config = optim(name=name, lr=0.2, weight_decay=0.3, mel_lr_scale=0.05, schedule="constant", warmup=0)
+    config = run(name=name, lr=0.2, weight_decay=0.3, mel_lr_scale=0.05, schedule="constant", warmup=0)
     optimizer = make_optimizer(model, config)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     *others, own = optimizer.param_groups
     assert [id(weight) for weight in own["params"]] == [id(model.mel.basis_root)]
     assert (own["lr"], own["weight_decay"]) == (pytest.approx(0.01), 0)
-    set_lr(optimizer, config, 0, 8, 4)
+    set_lr(optimizer, config.optim, 0, 8, 4)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2] * len(others) + [0.01])
     assert make_optimizer(tiny_model(), config).param_groups[0].keys() == others[0].keys()
 
@@ -189,7 +215,7 @@ def test_a_trained_mel_basis_has_its_own_rate_and_no_decay(name: str) -> None:
 def test_no_optimizer_fills_the_zeros_of_a_trained_mel_basis(name: str) -> None:
     model = tiny_model(trainable=True)
     before = model.mel.basis.detach().clone()
-    optimizer = make_optimizer(model, optim(name=name, lr=1e-2, weight_decay=0.3))
+    optimizer = make_optimizer(model, run(name=name, lr=1e-2, weight_decay=0.3))
     for seed in range(3):
         waveform = 0.1 * torch.randn(6, 4_000, generator=torch.Generator().manual_seed(seed))
         torch.nn.functional.cross_entropy(model(waveform), torch.tensor([0, 1, 2, 0, 1, 2])).backward()

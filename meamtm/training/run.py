@@ -159,7 +159,7 @@ def _check(config: RunConfig, *, is_new: bool) -> Borrowed | None:
     if config.scale.most_workers == 0:
         check_memory(config, len(clips.classes), loader.num_heard, choose_device(config.scale))
     model = AudioTransformer(config, len(clips.classes))
-    make_optimizer(model, config.optim)
+    make_optimizer(model, config)
     return borrow(model.encoder, config.encoder) if is_new and config.encoder.pretrained != "none" else None
 
 

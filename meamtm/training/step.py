@@ -105,7 +105,7 @@ def make_learner(
         config,
         model,
         parallel,
-        make_optimizer(model, config.optim),
+        make_optimizer(model, config),
         ema,
         rank,
         world_size,
