@@ -74,7 +74,7 @@ def refused(message: str, *words: object) -> None:
             "train.epochs=many",
             (
                 r"train\.epochs='many': input should be a valid integer, .*; "
-                r"train\.epochs is: passes over the training clips \(default 100\)"
+                r"train\.epochs is: passes over the training clips \(default 60\)"
             ),
         ),
         (

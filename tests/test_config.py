@@ -47,7 +47,7 @@ valid_changes = st.fixed_dictionaries(
         "data.valid_fold": st.none() | st.integers(4, 9),
         "mel.sample_rate_hz": st.integers(8_000, 192_000),
         "mel.num_bands": st.integers(64, 512),
-        "mel.window_ms": st.floats(20, 500),  # the shortest clip keeps enough frames, whichever kind frames it
+        "mel.window_ms": st.floats(25, 500),  # the shortest clip keeps enough frames, whichever kind frames it
         "mel.hop_ms": st.floats(1, 15),
         "mel.fmax_hz": st.none() | st.floats(100, 4_000),
         "mel.kind": st.sampled_from(["slaney", "htk", "kaldi"]),
@@ -220,14 +220,14 @@ REFUSED = [
     (
         {"data.clip_s": 0.2},
         (
-            "encoder.stem_channels needs at least 16 bands x 16 frames, and a clip gives 64 x 11; "
+            "encoder.stem_channels needs at least 16 bands x 16 frames, and a clip gives 64 x 9; "
             "raise mel.num_bands or data.clip_s, or shrink encoder.stem_channels"
         ),
     ),
     (
         {"encoder.stem": "patch", "mel.num_bands": 8},
         (
-            "encoder.patch needs at least 16 bands x 16 frames, and a clip gives 8 x 251; "
+            "encoder.patch needs at least 16 bands x 16 frames, and a clip gives 8 x 201; "
             "raise mel.num_bands or data.clip_s, or shrink encoder.patch"
         ),
     ),
@@ -311,7 +311,7 @@ def test_milliseconds_become_samples() -> None:
     mel = override(RunConfig(), {"mel.sample_rate_hz": 44_100, "mel.window_ms": 25, "mel.hop_ms": 10}).mel
     assert (mel.window_samples, mel.hop_samples, mel.num_fft, mel.top_hz) == (1102, 441, 2048, 22_050)
     assert override(RunConfig(), {"mel.fmax_hz": 7_000}).mel.top_hz == 7_000
-    assert (RunConfig().clip_samples, RunConfig().num_frames) == (80_000, 251)
+    assert (RunConfig().clip_samples, RunConfig().num_frames) == (80_000, 201)
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[message.split("=")[0] for _, message in REFUSED])
@@ -347,14 +347,14 @@ def _pattern(message: ast.expr) -> str:
             "many",
             (
                 "train.epochs='many': input should be a valid integer, unable to parse string as an integer; "
-                "train.epochs is: passes over the training clips (default 100)"
+                "train.epochs is: passes over the training clips (default 60)"
             ),
         ),
         ("train.epochs", 2.5, "train.epochs=2.5: input should be a valid integer, got a number with a fractional part"),
         (
             "optim.lr",
             -1,
-            "optim.lr=-1: input should be greater than 0; optim.lr is: peak learning rate (default 0.001)",
+            "optim.lr=-1: input should be greater than 0; optim.lr is: peak learning rate (default 0.002)",
         ),
         ("optim.lr", float("nan"), "optim.lr=nan: input should be a finite number; optim.lr is: peak learning rate"),
         (

@@ -15,6 +15,7 @@ SMALL = {
     "data.clip_s": 0.5,
     "mel.sample_rate_hz": 8_000,
     "mel.num_bands": 16,
+    "mel.hop_ms": 20.0,
     "encoder.stem_channels": [8, 8],
     "encoder.patch": [8, 8],
     "encoder.stride": [8, 4],

@@ -44,7 +44,7 @@ class EncoderConfig(Section):
         default="conv", description="conv: stages of two 3x3 convolutions and a pooling; patch: a linear map"
     )
     stem_channels: tuple[int, ...] = Field(
-        default=(32, 64, 128, 256), min_length=1, max_length=6, description="channels of each convolutional stage"
+        default=(16, 32, 64, 128), min_length=1, max_length=6, description="channels of each convolutional stage"
     )
     stem_activation: Literal["relu", "gelu", "silu"] = Field(
         default="relu", description="of the convolutional stem; the smooth ones cost more on a CPU"

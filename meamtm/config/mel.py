@@ -13,7 +13,7 @@ class MelConfig(Section):
     sample_rate_hz: int = Field(default=16_000, ge=1_000, le=384_000, description="what clips are resampled to, Hz")
     num_bands: int = Field(default=64, ge=8, le=512, description="mel bands")
     window_ms: float = Field(default=32.0, gt=0, le=1_000, description="analysis window, ms")
-    hop_ms: float = Field(default=20.0, gt=0, le=1_000, description="from one frame to the next, ms")
+    hop_ms: float = Field(default=25.0, gt=0, le=1_000, description="from one frame to the next, ms")
     fmin_hz: float = Field(default=40.0, ge=0, description="lower edge of the lowest band, Hz")
     fmax_hz: float | None = Field(default=None, gt=0, description="upper edge of the highest band, Hz; null: Nyquist")
     kind: Literal["slaney", "htk", "kaldi"] = Field(

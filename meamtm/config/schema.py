@@ -73,8 +73,10 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """Gradients -> new weights."""
 
-    name: str = Field(default="adamw", description="any optimizer that timm knows")
-    lr: float = Field(default=1e-3, gt=0, le=10, description="peak learning rate")
+    name: str = Field(
+        default="muon", description="any optimizer that timm knows; published weights want adamw at a small rate"
+    )
+    lr: float = Field(default=2e-3, gt=0, le=10, description="peak learning rate")
     weight_decay: float = Field(default=0.05, ge=0, le=10, description="not of biases, norms and position embeddings")
     schedule: Literal["cosine", "onecycle", "step", "constant"] = Field(
         default="cosine", description="learning rate after the warm-up"
@@ -98,10 +100,10 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, how large, how exact."""
 
-    epochs: int = Field(default=100, ge=1, le=100_000, description="passes over the training clips")
+    epochs: int = Field(default=60, ge=1, le=100_000, description="passes over the training clips")
     batch_size: int = Field(default=32, ge=1, le=65_536, description="clips per step, over all workers together")
     epoch_batches: int = Field(
-        default=1,
+        default=8,
         ge=1,
         le=65_536,
         description="batches that an epoch has at least: few clips are passed through several times in one",
