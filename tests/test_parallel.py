@@ -14,7 +14,7 @@ from meamtm.config import RunConfig, flatten, from_flat
 from meamtm.training.train import train
 
 STEMS = {
-    "conv": {"encoder.stem_activation": "silu"},
+    "conv": {"encoder.stem_activation": "silu", "optim.name": "muon"},
     "conv-relu": {"optim.lr": 1e-4},
     "patch": {"encoder.stem": "patch", "encoder.patch": [8, 6], "encoder.stride": [8, 3]},
 }

@@ -19,7 +19,7 @@ TINY = {
     "encoder.heads": 2,
     "encoder.head_dim": 8,
     "encoder.depth": 1,
-    "optim.name": "adamw",  # Muon computes in bf16, so that two ranks differ by more than rounding
+    "optim.name": "adamw",  # cheaper than Muon for so small a model
     "optim.lr": 3e-3,
     "train.epochs": 4,
     "train.epoch_batches": 1,
