@@ -62,7 +62,7 @@ def _build(encoder: Encoder, basis: list[nn.Parameter], config: RunConfig) -> Op
 def _multiply_in_float32(optimizer: muon.Muon) -> None:
     """Gives timm's Muon the precision that its function takes and its class has no option for: it would take bf16.
 
-    On a processor without bf16 the default model's step takes 3 s so, in float32 0.06 s.
+    On a processor without bf16 the default model's step takes 3 s so, in float32 a tenth of a second.
     """
     in_bf16 = muon.zeropower_via_newtonschulz
     in_float32 = partial(in_bf16, dtype=torch.float32)
