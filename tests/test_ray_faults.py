@@ -180,31 +180,38 @@ def command(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_on_workers_that_is_told_to_stop_is_continued_by_the_same_command(
-    packed: Path, cache_dir: Path, tmp_path: Path, number: signal.Signals
+def hit(config: RunConfig, folder: Path, number: signal.Signals) -> str:
+    """Starts the command, signals it after its next checkpoint, and returns what it said."""
+    before = newest(run_folder(config))
+    with command(config, folder) as process:
+        until(lambda: newest(run_folder(config)) != before)
+        process.send_signal(number)
+        told_s = time.monotonic()
+        assert process.stderr is not None
+        said = process.stderr.read()
+        process.wait()
+    if number == signal.SIGTERM:
+        assert time.monotonic() - told_s < 10
+        assert process.returncode == 1
+    return said
+
+
+def test_a_run_on_workers_that_is_stopped_and_then_killed_is_continued_by_the_same_command(
+    packed: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
-    changes = {**CHANGES, "scale.workers": 2, "train.epochs": 30, "runs_dir": str(tmp_path / "ray")}
+    changes = {**CHANGES, "scale.workers": 2, "train.epochs": 40, "runs_dir": str(tmp_path / "ray")}
     config = absolute(tiny(packed, cache_dir, tmp_path, changes))
     folder = run_folder(config)
-    with command(config, tmp_path) as first:
-        until(lambda: newest(folder))
-        first.send_signal(number)
-        told_s = time.monotonic()
-        assert first.stderr is not None
-        said = first.stderr.read()
-        first.wait()
-    if number == signal.SIGKILL:
-        until(lambda: not workers())
-    else:
-        assert time.monotonic() - told_s < 10
-        assert "the same command continues" in said
-        assert "Traceback" not in said
-        assert first.returncode == 1
-    assert read_record(until(lambda: newest(folder)))["epoch"] < 30
-    with command(config, tmp_path) as second:
-        said = second.communicate()[1]
-    assert second.returncode == 0, said
+    said = hit(config, tmp_path, signal.SIGTERM)
+    assert "the same command continues" in said
+    assert "Traceback" not in said
+    stopped_at = read_record(until(lambda: newest(folder)))["epoch"]
+    hit(config, tmp_path, signal.SIGKILL)
+    until(lambda: not workers())
+    assert stopped_at < read_record(until(lambda: newest(folder)))["epoch"] < 40
+    with command(config, tmp_path) as last:
+        said = last.communicate()[1]
+    assert last.returncode == 0, said
     assert_is_at_work_again_within(120, folder)
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
     assert_as_if_nothing_had_happened(config, rows, tmp_path)
