@@ -22,7 +22,7 @@ from tiny import PLAIN, local, tiny
 from torch import Tensor, nn
 from transformers import ASTConfig, ASTForAudioClassification, ASTModel
 
-from meamtm.config import EncoderConfig, from_flat
+from meamtm.config import EncoderConfig, OptimConfig, from_flat
 from meamtm.errors import CheckpointError, ConfigError
 from meamtm.model.encoder import Encoder
 from meamtm.model.pretrained import Borrowed, borrow, fit_positions
@@ -628,6 +628,7 @@ def test_a_run_begins_with_the_weights_and_goes_on_without_their_file(
         train(config, local(config, should_stop=lambda: next(steps) >= 2))
     assert f"begins with {narrow_ast}: " in caplog.text
     assert "the head among them" in caplog.text
+    assert "from scratch" not in caplog.text
     theirs = ASTForAudioClassification.from_pretrained(narrow_ast).state_dict()
     for saved in narrow_ast.iterdir():
         saved.unlink()
@@ -646,6 +647,16 @@ def test_a_run_begins_with_the_weights_and_goes_on_without_their_file(
     assert "begins with" not in caplog.text
     saved = load_model(run_folder(config))
     torch.testing.assert_close(saved.model.encoder.head.weight, theirs["classifier.dense.weight"], atol=1e-6, rtol=0)
+
+
+def test_the_defaults_are_said_to_be_for_fresh_weights(
+    narrow_ast: Path, packed: Path, cache_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    optim = {f"optim.{key}": value for key, value in OptimConfig().model_dump().items()}
+    config = tiny(packed, cache_dir, tmp_path, {**NARROW, **optim, "encoder.pretrained": str(narrow_ast)})
+    with caplog.at_level(logging.WARNING), pytest.raises(Stopped):
+        train(config, local(config, should_stop=lambda: True))
+    assert "optim.name=muon with optim.lr=0.002 is for training from scratch" in caplog.text
 
 
 def test_other_ranks_say_nothing(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meamtm.config import RunConfig, signature
+from meamtm.config import OptimConfig, RunConfig, signature
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
@@ -89,6 +89,18 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
     return metrics
 
 
+def _warn_of_scratch(optim: OptimConfig) -> None:
+    """Says so where published weights are about to be trained with the defaults, which are for fresh ones."""
+    default = OptimConfig()
+    if (optim.name, optim.lr) == (default.name, default.lr):
+        logger.warning(
+            "optim.name=%s with optim.lr=%g is for training from scratch and leaves little of published weights; "
+            "fine-tuning wants optim.name=adamw and a rate of 1e-5 to 1e-4 (configs/ast.yaml)",
+            optim.name,
+            optim.lr,
+        )
+
+
 def _start(config: RunConfig, context: Context, clips: Clips, split: Split, steps_per_epoch: int) -> Learner:
     torch.manual_seed(config.train.seed)
     model = AudioTransformer(config, len(clips.classes))
@@ -98,6 +110,7 @@ def _start(config: RunConfig, context: Context, clips: Clips, split: Split, step
             borrowed = borrow(model.encoder, config.encoder)
             if context.rank == 0:
                 logger.info("%s", borrowed)
+                _warn_of_scratch(config.optim)
     return make_learner(
         config,
         model,
