@@ -18,7 +18,7 @@ quickstart: $(STAMP)  ## tune, train and test on the built-in sounds
 	@$(BIN)/python -m tune configs/tune/quickstart.yaml
 
 test: $(STAMP)  ## every test, real Ray and MLflow included
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)  ## a run, a study and a report killed at sixty-five random moments, and models compiled as users do
 	@$(BIN)/python -m pytest -m soak

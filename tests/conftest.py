@@ -24,7 +24,7 @@ LONGEST = "test_ray_faults.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts files that take minutes first, the longest at the head, so that all processes end at once."""
+    """Puts files that take minutes first, the longest at the head, so that both processes end at once."""
     slow = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != LONGEST, item.path not in slow))
 
