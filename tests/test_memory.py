@@ -69,6 +69,7 @@ def train(config, num_steps):
         train_step(learner, TrainingBatch(waveform, torch.eye(10)[torch.arange(num_clips) % 10], None, num_clips, step))
 
 def peak(config):
+    train(config, 1)  # what libraries take once for each shape: oneDNN's kernels for Muon's products in bf16 are 50 MB
     gc.collect()
     before, seen, ended = allocated(), [], threading.Event()
     def watch():
@@ -84,23 +85,20 @@ def peak(config):
 
 set_up_heap(sparing=False)
 kinds = json.loads(sys.argv[1])
-for name, flat in kinds.items():  # what libraries take once: oneDNN's kernels for Muon's products in bf16 are 50 MB
-    if not name.startswith("ast"):  # beside whose size they are nothing
-        train(from_flat(flat), 1)
 print(json.dumps({kind: peak(from_flat(flat)) for kind, flat in kinds.items()}))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc what is allocated")
-def test_the_peak_is_foretold_within_a_fifth() -> None:
+def test_the_peak_is_foretold_within_a_tenth() -> None:
     native = torch.cpu._is_avx512_bf16_supported()
     kinds = {kind: flat for kind, flat in KINDS.items() if native or flat.get("train.precision") != "bf16"}
     assert len(kinds) >= 6
     command = [sys.executable, "-c", MEASURE, json.dumps(kinds)]
     measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     foretold = {kind: peak_training_bytes(from_flat(flat)) for kind, flat in kinds.items()}
-    assert foretold == pytest.approx(measured, rel=0.2)
+    assert foretold == pytest.approx(measured, rel=0.1)
 
 
 def test_training_that_cannot_fit_is_refused_before_it_starts(packed: Path, cache_dir: Path, tmp_path: Path) -> None:

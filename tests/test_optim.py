@@ -181,7 +181,7 @@ def test_what_an_optimizer_will_keep_is_counted_without_its_memory(name: str, tr
 def test_muon_multiplies_in_the_precision_of_the_run(
     name: str, precision: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """timm's class has no option for it, and a processor without bf16 takes fifty times as long in bf16."""
+    """timm's class has no option for it, and a processor without bf16 takes twenty times as long and more in bf16."""
     original, seen = muon.zeropower_via_newtonschulz, []
 
     def listen(*args: Any, dtype: torch.dtype = torch.bfloat16, **options: Any) -> torch.Tensor:

@@ -8,8 +8,8 @@ from meamtm.config import RunConfig
 def is_bf16(config: RunConfig, device: torch.device) -> bool:
     """Tells whether to compute in bf16: the config asks for it, or leaves it open and the device does so natively.
 
-    Without native instructions bf16 is emulated: 8x slower than float32 on a CPU with AVX2 alone, and a hundred times
-    in single products.
+    Without native instructions bf16 is emulated: 8x slower than float32 on a CPU with AVX2 alone, and 80x in single
+    products.
     """
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return config.train.precision == "bf16" or (config.train.precision == "auto" and native)

@@ -37,7 +37,7 @@ def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
     encoder.set_grad_checkpointing(config.train.grad_checkpointing)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         _bring_to_cpu(encoder)
-        with _Count() as count:
+        with _Count(encoder) as count:
             image = torch.empty(num_at_once, 1, config.mel.num_bands, config.num_frames)
             with autocast(config, image.device):
                 logits = encoder(image)
@@ -91,13 +91,16 @@ def memory_limit_bytes(cgroups: Path, mine: Path = Path("/proc/self/cgroup")) ->
 
 
 class _Count(TorchDispatchMode):
-    """Adds up the storages that operations make, for as long as something refers to them."""
+    """Adds up the storages that operations make, for as long as something refers to them.
 
-    def __init__(self) -> None:
+    A model's own weights are no operation's: a view of one, as a linear layer takes it, makes nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.peak_bytes = 0
         self._live_bytes = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
