@@ -92,9 +92,16 @@ def until(what: Callable[[], Any], wait_s: float = 120) -> Any:
 
 
 def workers() -> list[psutil.Process]:
-    """Processes that train at this moment."""
-    processes = psutil.process_iter(["cmdline"])  # those that have just died have none
-    return [each for each in processes if "RayTrainWorker" in "".join((each.info["cmdline"] or [])[:1])]
+    """Processes below this one that train at this moment; tests that run beside it have theirs."""
+    return [each for each in psutil.Process().children(recursive=True) if trains(each)]
+
+
+def trains(process: psutil.Process) -> bool:
+    """Says whether a process is a worker of Ray Train."""
+    try:
+        return "RayTrainWorker" in "".join(process.cmdline()[:1])
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):  # it has just died
+        return False
 
 
 def in_background(config: RunConfig, record: Record) -> "Future[Outcome]":
@@ -181,10 +188,12 @@ def command(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
 
 
 def hit(config: RunConfig, folder: Path, number: signal.Signals) -> str:
-    """Starts the command, signals it after its next checkpoint, and returns what it said."""
+    """Starts the command, signals it after its next checkpoint, sees its workers end too, and returns what it said."""
     before = newest(run_folder(config))
     with command(config, folder) as process:
         until(lambda: newest(run_folder(config)) != before)
+        below = workers()
+        assert len(below) == config.scale.workers
         process.send_signal(number)
         told_s = time.monotonic()
         assert process.stderr is not None
@@ -193,6 +202,8 @@ def hit(config: RunConfig, folder: Path, number: signal.Signals) -> str:
     if number == signal.SIGTERM:
         assert time.monotonic() - told_s < 10
         assert process.returncode == 1
+    _, alive = psutil.wait_procs(below, timeout=120)
+    assert not alive, "its workers outlive it"
     return said
 
 
@@ -207,7 +218,6 @@ def test_a_run_on_workers_that_is_stopped_and_then_killed_is_continued_by_the_sa
     assert "Traceback" not in said
     stopped_at = read_record(until(lambda: newest(folder)))["epoch"]
     hit(config, tmp_path, signal.SIGKILL)
-    until(lambda: not workers())
     assert stopped_at < read_record(until(lambda: newest(folder)))["epoch"] < 40
     with command(config, tmp_path) as last:
         said = last.communicate()[1]
