@@ -40,6 +40,48 @@ def test_every_format_and_channel_count_becomes_the_same_mono_sound(
     assert np.sqrt(np.mean((waveform / 32_768.0) ** 2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.03)
 
 
+def mp3(samples: np.ndarray, mode: str) -> bytes:
+    file = io.BytesIO()
+    with soundfile.SoundFile(
+        file, "w", 44_100, 1, "MPEG_LAYER_III", format="MP3", bitrate_mode=mode, compression_level=0.5
+    ) as sound:
+        sound.write(samples)
+    return file.getvalue()
+
+
+def without_length(sound: bytes) -> bytes:
+    """An MP3 less its first frame, which holds no sound, as recorders write it that do not know the end."""
+    return sound[sound.index(sound[:2], 4) :]
+
+
+LOUD = np.random.default_rng(0).uniform(-0.5, 0.5, 44_100).astype(np.float32)
+QUIET = np.zeros(5 * 44_100, np.float32)
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_without_its_length_is_read_whole(mode: str) -> None:
+    sound = mp3(np.concatenate([QUIET, LOUD]), mode)
+    assert len(read_audio(sound)[0]) == 6 * 44_100
+    assert len(read_audio(without_length(sound))[0]) == pytest.approx(6 * 44_100, rel=0.01)
+    assert len(read_audio(sound + b"TAG" + bytes(125))[0]) == 6 * 44_100
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        without_length(mp3(np.concatenate([LOUD, QUIET]), "VARIABLE")),
+        2 * mp3(LOUD, "CONSTANT"),
+        mp3(LOUD, "CONSTANT") + b"ID3\x04\x00\x00\x00\x00\x00\x0a" + bytes(10) + mp3(LOUD, "VARIABLE"),
+    ],
+    ids=["a guess from loud frames", "two joined", "two joined with a tag between"],
+)
+def test_an_mp3_that_libsndfile_would_cut_is_refused(sound: bytes) -> None:
+    with pytest.raises(DataError, match=r"its header ends it after \d+ samples, and [2-9]\d % of its bytes come after"):
+        read_audio(sound)
+    with pytest.raises(DataError, match="write it anew"):
+        to_flac(sound)
+
+
 @pytest.mark.parametrize(("from_hz", "to_hz"), [(44_100, 16_000), (8_000, 16_000), (48_000, 22_050), (16_000, 16_000)])
 def test_resampling_keeps_pitch_and_duration(from_hz: int, to_hz: int) -> None:
     waveform, rate_hz = read_audio(encoded(tone(2 * from_hz, from_hz), from_hz, "WAV", "FLOAT"), to_hz)
