@@ -54,9 +54,8 @@ def print_crossval(result: "CrossValidation") -> None:
 
 def print_evaluation(evaluation: "Evaluation") -> None:
     """Prints what a checkpoint does on clips that it has never met, and how well it knows each class."""
-    where = "all clips" if evaluation.fold is None else f"fold {evaluation.fold}"
     figures = (f"{key.removeprefix('test/')} {value:.4f}" for key, value in evaluation.metrics.items())
-    typer.echo(f"test on {where}: {len(evaluation.clip_ids)} clips, {', '.join(figures)}")
+    typer.echo(f"test on {evaluation.part}: {len(evaluation.clip_ids)} clips, {', '.join(figures)}")
     if evaluation.confusion is None:
         return
     _print_per_class(evaluation.confusion, evaluation.classes)

@@ -260,6 +260,12 @@ def test_too_few_clips_or_too_small_a_batch_for_the_workers_is_refused(clips: Cl
         make(clips, 0)
 
 
+def test_fewer_clips_than_ranks_are_evaluated_all_the_same(clips: Clips) -> None:
+    loaders = [Loader(clips, np.arange(3), 4_000, 2, seed=0, train=False, rank=rank, world_size=4) for rank in range(4)]
+    heard = [index for loader in loaders for batch in loader.epoch(0) for index in batch.index.tolist()]
+    assert sorted(heard) == [0, 1, 2]
+
+
 # --- few clips, many batches
 
 

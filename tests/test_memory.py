@@ -11,9 +11,11 @@ import pytest
 import torch
 from tiny import tiny
 
-from meamtm.config import from_flat
+from meamtm.config import RunConfig, from_flat, override
 from meamtm.errors import ConfigError
-from meamtm.training.memory import memory_limit_bytes, peak_training_bytes
+from meamtm.model.precision import is_bf16
+from meamtm.training import memory
+from meamtm.training.memory import check_memory, memory_limit_bytes, peak_training_bytes
 from meamtm.training.run import run_here
 
 AST = {
@@ -45,7 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
 MEASURE = """
 import ctypes, gc, json, sys, threading, time
 import torch
-from meamtm.config import from_flat
+from meamtm.config import RunConfig, from_flat, override
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.step import make_learner, set_up_heap, train_step
@@ -110,6 +112,26 @@ def test_training_that_cannot_fit_is_refused_before_it_starts(packed: Path, cach
     ):
         run_here(tiny(packed, cache_dir, tmp_path, changes))
     assert not any(tmp_path.iterdir())
+
+
+def test_a_batch_of_several_passes_is_counted_whole(
+    packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 80 training clips a batch holds 80, and where an epoch has eight passes 512."""
+    one, eight = (
+        tiny(packed, cache_dir, tmp_path, {"train.batch_size": 512, "train.epoch_batches": num}) for num in (1, 8)
+    )
+    few, many = (peak_training_bytes(override(one, {"train.batch_size": size})) for size in (80, 512))
+    monkeypatch.setattr(memory, "memory_limit_bytes", lambda _: (few + many) // 2)
+    check_memory(one, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"train\.batch_size=512 takes"):
+        check_memory(eight, torch.device("cpu"))
+
+
+def test_a_gpu_that_emulates_bf16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch answers for a T4."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not is_bf16(RunConfig(), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

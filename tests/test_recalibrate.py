@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from meamtm.data.clips import Clips
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.prepare import to_float
+from meamtm.training.prepare import to_float, training_loader
 from meamtm.training.recalibrate import recalibrate
 from meamtm.training.train import train
 
@@ -46,6 +46,15 @@ def test_statistics_are_those_of_all_clips_as_they_are(clips: Clips, packed: Pat
     assert norm.training
     assert norm.momentum == nn.BatchNorm2d(1).momentum
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_as_many_ranks_as_trained_take_part(clips: Clips, packed: Path, cache_dir: Path) -> None:
+    """In 8 passes through 17 clips a batch had 16; in one pass batches of 8 and 9 would leave three of 12 out."""
+    config = tiny(packed, cache_dir, Path("runs"), {"train.batch_size": 16, "train.epoch_batches": 8})
+    training_loader(config, clips, np.arange(17), world_size=12)
+    model = AudioTransformer(config, len(clips.classes))
+    for rank in range(12):
+        recalibrate(model, config, clips, np.arange(17), rank=rank, world_size=12)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])

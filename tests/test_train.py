@@ -1,6 +1,7 @@
 """The training loop: it learns, ends, says that it is done, stops when asked and refuses what cannot work."""
 
 import csv
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tiny import PLAIN, Record, local, tiny
 
-from meamtm.config import override
+from meamtm.config import RunConfig, override
 from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
 from meamtm.data.synth import write_synth
@@ -17,7 +18,7 @@ from meamtm.errors import CheckpointError, ConfigError, MeamtmError
 from meamtm.training.checkpoint import load_model, newest
 from meamtm.training.context import LocalContext, Stopped
 from meamtm.training.evaluate import evaluate
-from meamtm.training.run import run_folder, run_here
+from meamtm.training.run import absolute, run_folder, run_here, tags
 from meamtm.training.train import train
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.txt"
@@ -194,7 +195,40 @@ def test_the_test_fold_is_what_its_clips_say(packed: Path, cache_dir: Path, tmp_
     clips = open_clips(config.data, 8_000)
     assert set(evaluation.clip_ids) == {clips.ids[i] for i in range(len(clips)) if clips.folds[i] == 1}
     assert evaluation.confusion.sum() == len(evaluation.clip_ids)
-    assert evaluate(run_folder(config), fold=3).fold == 3
+    assert evaluate(run_folder(config), fold=3).part == "fold 3"
+
+
+def test_a_finished_run_whose_data_have_moved_is_done(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "here" / "sounds")
+    changes = {"train.epochs": 1}
+    found = run_here(tiny(tmp_path / "here" / "sounds", cache_dir, tmp_path / "runs", changes)).evaluation
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = run_here(tiny(tmp_path / "there" / "sounds", cache_dir, tmp_path / "runs", changes)).evaluation
+    assert found is not None
+    assert again is not None
+    assert again.metrics == found.metrics
+
+
+def test_where_there_is_no_git_runs_have_no_commit(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert tags(override(RunConfig(), {"data.path": str(packed)}))["git_commit"] == "unknown"
+
+
+def test_relative_places_are_resolved_where_the_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = absolute(override(RunConfig(), {"data.cache_dir": "waves", "data.path": "sounds", "runs_dir": "~/runs"}))
+    assert config.data.cache_dir == str(tmp_path / "waves")
+    assert config.data.path == str(tmp_path / "sounds")
+    assert config.runs_dir == str(Path.home() / "runs")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_stopped_in_mid_epoch_goes_on_on_a_gpu(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config, steps = tiny(packed, cache_dir, tmp_path, {"train.epochs": 2}), iter(range(1, 100))
+    place = (run_folder(config), torch.device("cuda"))
+    with pytest.raises(Stopped):
+        train(config, LocalContext(*place, should_stop=lambda: next(steps) >= 2))
+    assert train(config, LocalContext(*place))["epoch"] == 2
 
 
 def test_another_data_set_may_order_the_same_classes_otherwise(

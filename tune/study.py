@@ -121,7 +121,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
         found += f", {statistics.fmean(again):.4f} with other seeds"
     header = f"meamtm train {plan.config.studies_dir}/{plan.name}/best.yaml\n{found}"
     write_yaml(plan.folder / "best.yaml", differences(config), header)
-    tell(f"trial {trial.number} is the best; it trains again, on train + validation, and is tested once")
+    tell(f"trial {trial.number} is the best; it trains again, {_on_what(plan)}and is tested once")
     outcome = run(config, [_epoch_lines(config.train.epochs, tell)])
     result = Result(
         study=plan.name,
@@ -154,17 +154,34 @@ def _record(plan: Plan, study: "Study", result: Result, parent: "MLflowSink", ta
     send_trials(plan, study, parent, tags)
 
 
+def _on_what(plan: Plan) -> str:
+    """Where folds hold clips out for validation, the best trial trains on these too."""
+    from meamtm.data.cache import open_clips
+
+    has_split = open_clips(plan.base.data, plan.base.mel.sample_rate_hz).has_split
+    return "" if has_split else "on train + validation, "
+
+
 def _check_data(plan: Plan) -> dict[str, str]:
     """Opens the data, so that what is wrong with it is said before anything starts, and returns all runs' tags."""
     from meamtm.data.cache import open_clips
-    from meamtm.data.split import split_clips
-    from meamtm.training.run import absolute, tags
+    from meamtm.training.run import absolute, check_split, tags
 
     base = absolute(plan.base)
     clips = open_clips(base.data, base.mel.sample_rate_hz)
+    if clips.has_split and plan.config.inner_folds:
+        raise ConfigError(
+            f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has a split of its own, so folds decide "
+            "nothing; leave inner_folds out, and the valid clips of that split choose"
+        )
     for run in plan.runs(base):
-        if len(split_clips(clips, run.data).valid) > 0:
+        if len(check_split(run, clips).valid) > 0:
             continue
+        if clips.has_split:
+            raise ConfigError(
+                f"data.path={base.data.path}: no clip of its split is for validation, on which a study chooses; pack "
+                "it with some clips in `valid`"
+            )
         if plan.config.inner_folds:
             raise ConfigError(
                 f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has no clip in fold "

@@ -14,7 +14,6 @@ import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from meamtm.config import RunConfig, from_flat
-from meamtm.data.packed import read_card
 from meamtm.distributed import make_trainer
 from meamtm.errors import MeamtmError
 from meamtm.tracking import JsonLines
@@ -91,8 +90,7 @@ class ReportFold(TuneReportCallback):
 def _train_here(run: RunConfig, folds: Folds) -> dict[str, float]:
     torch.set_num_threads(run.scale.threads or max(1, int(run.scale.cpus_per_worker)))
     folder, device = run_folder(run), choose_device(run.scale)
-    card = read_card(run.data.path)
-    check_memory(run, len(card.classes), card.num_clips, device)
+    check_memory(run, device)
     with held(folder, RELEASE_S), closing(JsonLines(folder / "metrics.jsonl")) as lines:
         lines.start({}, {}, from_step=_epochs_done(run))
         context = TrialContext(
@@ -115,7 +113,7 @@ def _hits(run: RunConfig) -> str:
     """Which clips of a trained run's validation fold its model names right; all labels, where there are several."""
     checkpoint = newest(run_folder(run))
     assert checkpoint is not None, "training ends with a checkpoint"
-    found = evaluate(checkpoint, fold=run.data.valid_fold)
+    found = evaluate(checkpoint, fold=run.data.valid_fold, here=run)
     right = found.probability.argmax(1) == found.target.argmax(1)
     if found.confusion is None:
         right = ((found.probability > 0.5) == (found.target > 0.5)).all(1)

@@ -112,7 +112,7 @@ def _decoding(source: Path | bytes) -> Iterator[soundfile.SoundFile]:
         raise DataError(f"cannot be decoded: {reason.strip().rstrip('.')}") from error
 
 
-def _opened(source: Path | bytes) -> io.BufferedIOBase:
+def _opened(source: Path | bytes) -> io.BufferedReader | io.BytesIO:
     """Opens a file, and not what might never end, as a pipe, or never begin, as links that lead to each other."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
@@ -169,7 +169,7 @@ def _check_whole(file: soundfile.SoundFile, num_frames: int) -> None:
         raise DataError(f"truncated: {cut[2]} of {cut[1]} bytes are there")
 
 
-def _check_rest(file: soundfile.SoundFile, raw: io.BufferedIOBase) -> None:
+def _check_rest(file: soundfile.SoundFile, raw: io.BufferedReader | io.BytesIO) -> None:
     """Refuses an MP3 that sounds on where libsndfile ends.
 
     It ends after the first of two that were joined, and too early where the bit rate varies, no header tells the

@@ -80,6 +80,11 @@ class Clips:
         return self.table.column("split").to_pylist()
 
     @property
+    def has_split(self) -> bool:
+        """Whether the data set came with a split of its own; folds then decide nothing."""
+        return self.table.column("split").null_count < len(self)
+
+    @property
     def ids(self) -> list[str]:
         """The name of each clip."""
         return self.table.column("clip_id").to_pylist()

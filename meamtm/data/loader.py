@@ -42,7 +42,8 @@ class Loader:
 
     Training hears each clip once per epoch, cropped at random when it is longer; where that makes less than
     `least_batches`, it passes through all clips as often as it takes. Evaluation keeps the order and cuts a longer clip
-    into at most 8 evenly spaced windows, so that `Batch.index` may name a clip several times.
+    into at most 8 evenly spaced windows, so that `Batch.index` may name a clip several times; a rank's part of a small
+    batch may be empty.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Loader:
         self.num_heard = self._num_passes * len(self._indices)
         """Clips of an epoch, over all ranks; windows, where it evaluates."""
         self.num_batches = -(-self.num_heard // batch_size)
-        _check(self.num_heard, batch_size, self.num_batches, world_size)
+        _check(self.num_heard, batch_size, self.num_batches, world_size if train else 1)
         self._edges = np.arange(self.num_batches + 1) * self.num_heard // self.num_batches
         self._targets = clips.targets
         self._buffers: list[Int16[np.ndarray, "batch time"]] = []

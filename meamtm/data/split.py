@@ -25,9 +25,9 @@ def split_clips(clips: Clips, data: DataConfig) -> Split:
 
     DataError when a fold does not exist, a class has no clip to train on, or a group would be in two parts.
     """
-    given = clips.splits
-    if any(given):
-        parts = [np.array([each == name for each in given]) for name in ("train", "valid", "test")]
+    if clips.has_split:
+        given = np.array(clips.splits, object)
+        parts = [given == name for name in ("train", "valid", "test")]
     else:
         test, valid = _fold(clips, data, "test_fold"), _fold(clips, data, "valid_fold")
         parts = [~(test | valid), valid & ~test, test]
@@ -51,10 +51,13 @@ def _check_classes(clips: Clips, train: Bool[np.ndarray, " clip"], data: DataCon
     num_heard = clips.targets[train].sum(axis=0)  # (label,)
     if not num_heard.all():
         names = ", ".join(clips.classes[label] for label in np.flatnonzero(num_heard == 0))
-        raise DataError(
-            f"data.path={data.path}: no training clip has the class {names} (data.test_fold={data.test_fold}, "
-            f"data.valid_fold={data.valid_fold}); add clips of it, or hold out another fold"
+        remedy = (
+            "in the split that the data set has; pack it with clips of it in `train`"
+            if clips.has_split
+            else f"(data.test_fold={data.test_fold}, data.valid_fold={data.valid_fold}); add clips of it, or hold out "
+            "another fold"
         )
+        raise DataError(f"data.path={data.path}: no training clip has the class {names} {remedy}")
 
 
 def _check_groups(clips: Clips, parts: Sequence[Bool[np.ndarray, " clip"]], data: DataConfig) -> None:
@@ -67,5 +70,6 @@ def _check_groups(clips: Clips, parts: Sequence[Bool[np.ndarray, " clip"]], data
     if len(torn):
         name = clips.table.column("group")[int(torn[0])].as_py()
         raise DataError(
-            f"data.path={data.path}: group={name} would be heard in training and in a test; give its clips one fold"
+            f"data.path={data.path}: group={name} would be heard in training and in a test; give its clips one "
+            + ("split" if clips.has_split else "fold")
         )

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from meamtm.config import RunConfig, flatten, from_flat, run_name
-from meamtm.data.packed import read_card
 from meamtm.distributed.cluster import ENVIRONMENT, check_resources, connect, uses_gpu
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Sink
@@ -158,8 +157,7 @@ def _train_on_worker(flat: dict[str, Any]) -> dict[str, float] | str:
     config = from_flat(flat)
     torch.set_num_threads(config.scale.threads or max(1, int(config.scale.cpus_per_worker)))
     context = WorkerContext(config)
-    card = read_card(config.data.path)
-    check_memory(config, len(card.classes), card.num_clips, context.device)
+    check_memory(config, context.device)
     try:
         return train(config, context)
     except Stopped as stop:  # which Ray must not take for a failure

@@ -9,10 +9,13 @@ def is_bf16(config: RunConfig, device: torch.device) -> bool:
     """Tells whether to compute in bf16: the config asks for it, or leaves it open and the device does so natively.
 
     Without native instructions bf16 is emulated: 8x slower than float32 on a CPU with AVX2 alone, and 80x in single
-    products.
+    products; GPUs before Ampere (V100, T4) emulate it too.
     """
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return config.train.precision == "bf16" or (config.train.precision == "auto" and native)
+    if config.train.precision != "auto":
+        return config.train.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

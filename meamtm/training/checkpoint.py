@@ -103,7 +103,7 @@ def publish(scratch: Path, run_folder: Path) -> Path:
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: cannot be written ({error.strerror}); make room there; the same command continues"
+            f"{final}: cannot be written ({error.strerror or error}); make room there; the same command continues"
         ) from error
     finally:
         shutil.rmtree(scratch.parent)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meamtm.config import RunConfig, override
+from meamtm.config import RunConfig, flatten, override
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
@@ -24,13 +24,17 @@ from meamtm.training.context import choose_device
 from meamtm.training.metrics import confusion, scores
 from meamtm.training.prepare import to_float
 
+OF_A_PLACE = ("data.path", "data.cache", "data.cache_dir", "scale.device")
+"""Keys of what may differ between the machine that trained and the one that tests."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """What a checkpoint does on clips that it has never met."""
 
     checkpoint: Path
-    fold: int | None
+    part: str
+    """Which clips these are: of a fold, of the data set's own split, or all."""
     classes: tuple[str, ...]
     metrics: dict[str, float]
     clip_ids: tuple[str, ...]
@@ -42,14 +46,19 @@ class Evaluation:
     """(true label, named label); None where clips have several labels"""
 
 
-def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = None) -> Evaluation:
+def evaluate(
+    checkpoint: Path, data_path: str | None = None, fold: int | None = None, *, here: RunConfig | None = None
+) -> Evaluation:
     """Tests a checkpoint on its test fold, or on another fold or data set.
 
     Of a data set that it was not trained on, every clip is used unless a fold is named. Labels are in the checkpoint's
-    order, whatever the data set's is.
+    order, whatever the data set's is. `here` says where the run's data lie and what computes now, since a run may have
+    been moved after it was trained; without it the data lie where they did.
     """
     saved = load_model(checkpoint)
-    changes = {"data.path": data_path} if data_path else {}
+    changes = {"scale.device": "auto"} if here is None else {key: flatten(here)[key] for key in OF_A_PLACE}
+    if data_path is not None:
+        changes["data.path"] = data_path
     if fold is not None:
         changes |= {"data.test_fold": fold, "data.valid_fold": None}
     config = override(saved.config, changes)
@@ -57,7 +66,13 @@ def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = 
     _check_data(saved, card, config.data.path, is_given=data_path is not None)
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     is_foreign = fold is None and card.digest != saved.labels.digest
+    if clips.has_split and fold is not None:
+        raise DataError(
+            f"--fold={fold}: {config.data.path} has a split of its own, so folds decide nothing; leave --fold out"
+        )
     indices = np.arange(len(clips)) if is_foreign else split_clips(clips, config.data).test
+    if len(indices) == 0 and clips.has_split:
+        raise DataError(f"data.path={config.data.path}: no clip of its split is for testing; name other data by --data")
     if len(indices) == 0:
         raise DataError(f"data.test_fold={config.data.test_fold}: no clip to test on; name a fold with --fold")
     model = saved.model.to(choose_device(config.scale))
@@ -66,7 +81,7 @@ def evaluate(checkpoint: Path, data_path: str | None = None, fold: int | None = 
     target = target[:, [clips.classes.index(name) for name in classes]]  # another data set may order them otherwise
     return Evaluation(
         checkpoint=saved.folder,
-        fold=None if is_foreign else config.data.test_fold,
+        part="all clips" if is_foreign else "its own split" if clips.has_split else f"fold {config.data.test_fold}",
         classes=classes,
         metrics={
             f"test/{key}": value for key, value in scores(probability, target, multi_label=clips.multi_label).items()
@@ -124,6 +139,8 @@ def classify(
     was_training = model.training
     model.eval()
     for batch in loader.epoch(0):
+        if len(batch.index) == 0:  # of the last few clips, other ranks have them
+            continue
         with autocast(config, device):
             logits = model(to_float(batch.waveform, device)).float()
         answer = logits.sigmoid() if clips.multi_label else logits.softmax(1)

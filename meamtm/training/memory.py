@@ -17,19 +17,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meamtm.config import RunConfig, override
+from meamtm.data.cache import open_clips
+from meamtm.data.split import split_clips
 from meamtm.errors import ConfigError
 from meamtm.model.cost import cost, weightless
-from meamtm.model.precision import autocast
+from meamtm.model.precision import is_bf16
 from meamtm.training.optim import count_state
+from meamtm.training.prepare import training_loader
 
 CGROUPS = Path("/sys/fs/cgroup")
+CPU = torch.device("cpu")
 
 
-def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
+def peak_training_bytes(config: RunConfig, num_labels: int = 10, device: torch.device = CPU) -> int:
     """Estimates what one process's training allocates at its peak, beyond what Python and torch take by themselves.
 
-    Counted are weights, their moving average, what the optimizer keeps, gradients, activations and waveforms, on a CPU.
-    What the system shows of a process is more, by the fragments of its heap (docs/results.md).
+    Counted are weights, their moving average, what the optimizer keeps, gradients, activations and waveforms, with the
+    kernels of a CPU and in the precision that the device has. What the system shows of a process is more, by the
+    fragments of its heap (docs/results.md).
     """
     num_clips = -(-config.train.batch_size // max(config.scale.least_workers, 1))
     num_at_once = -(-num_clips // config.train.accumulation_steps)
@@ -39,7 +44,7 @@ def peak_training_bytes(config: RunConfig, num_labels: int = 10) -> int:
         _bring_to_cpu(encoder)
         with _Count(encoder) as count:
             image = torch.empty(num_at_once, 1, config.mel.num_bands, config.num_frames)
-            with autocast(config, image.device):
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16(config, device), cache_enabled=False):
                 logits = encoder(image)
             logits.float().logsumexp(1).sum().backward()
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in encoder.parameters())
@@ -56,13 +61,15 @@ def checkpoint_bytes(config: RunConfig, num_labels: int = 10) -> int:
     return 4 * (copies * cost(config, num_labels).num_params + count_state(config, num_labels))
 
 
-def check_memory(config: RunConfig, num_labels: int, num_clips: int, device: torch.device) -> None:
-    """Raises ConfigError where training on so many clips cannot fit into a device's memory, whatever else is in it."""
+def check_memory(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError where training cannot fit into a device's memory, whatever else is in it."""
+    clips = open_clips(config.data, config.mel.sample_rate_hz)
+    loader = training_loader(config, clips, split_clips(clips, config.data).train)
     there = (
         torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_limit_bytes(CGROUPS)
     )
-    most_clips = min(config.train.batch_size, num_clips)
-    needed = peak_training_bytes(override(config, {"train.batch_size": most_clips}), num_labels)
+    most_clips = min(config.train.batch_size, loader.num_heard)
+    needed = peak_training_bytes(override(config, {"train.batch_size": most_clips}), len(clips.classes), device)
     if needed > there:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} takes {needed / 1e9:,.1f} GB at training's peak, and there "

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int16
+from jaxtyping import Bool, Float, Int16, Int64
 from torch import Tensor
 
 from meamtm.config import RunConfig
 from meamtm.data.audio import FULL_SCALE
+from meamtm.data.clips import Clips
 from meamtm.data.loader import Batch, Loader
 from meamtm.training.augment import augment_waveform, mix, spectrogram_mask
 
@@ -26,6 +27,23 @@ class TrainingBatch:
     num_global: int
     seed: int
     """Of all that is random in the step itself."""
+
+
+def training_loader(
+    config: RunConfig, clips: Clips, indices: Int64[np.ndarray, " index"], *, rank: int = 0, world_size: int = 1
+) -> Loader:
+    """Deals a run's training clips; raises ConfigError or DataError where they do not go round."""
+    return Loader(
+        clips,
+        indices,
+        config.clip_samples,
+        config.train.batch_size,
+        seed=config.train.seed,
+        train=True,
+        least_batches=config.train.epoch_batches,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def training_batches(

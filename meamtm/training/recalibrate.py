@@ -35,7 +35,8 @@ def recalibrate(
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
-    num_samples, batch_size, seed = config.clip_samples, config.train.batch_size, config.train.seed
+    num_batches = min(-(-len(indices) // config.train.batch_size), max(len(indices) // world_size, 1))
+    num_samples, batch_size, seed = config.clip_samples, -(-len(indices) // num_batches), config.train.seed
     loader = Loader(clips, indices, num_samples, batch_size, seed=seed, train=True, rank=rank, world_size=world_size)
     was_training, momentum = model.training, norms[0].momentum
     model.eval()

@@ -12,9 +12,9 @@ import torch
 from meamtm import __version__
 from meamtm.config import RunConfig, flatten, override, run_name, signature, write_yaml
 from meamtm.data.cache import open_clips
-from meamtm.data.loader import Loader
+from meamtm.data.clips import Clips
 from meamtm.data.packed import read_card
-from meamtm.data.split import split_clips
+from meamtm.data.split import Split, split_clips
 from meamtm.errors import ConfigError, MeamtmError
 from meamtm.model.pretrained import Borrowed, borrow
 from meamtm.model.transformer import AudioTransformer
@@ -37,6 +37,7 @@ from meamtm.training.evaluate import Evaluation, evaluate
 from meamtm.training.lock import held
 from meamtm.training.memory import check_memory
 from meamtm.training.optim import make_optimizer
+from meamtm.training.prepare import training_loader
 from meamtm.training.train import train
 
 
@@ -82,11 +83,11 @@ def conclude(config: RunConfig, metrics: dict[str, float], sinks: Sinks) -> Outc
     folder = run_folder(config)
     checkpoint = newest(folder)
     assert checkpoint is not None, "training ends with a checkpoint"
-    evaluation = evaluate(checkpoint) if _holds_out(config) else None
+    evaluation = evaluate(checkpoint, here=config) if _holds_out(config) else None
+    curves_figure(read_rows(folder / "metrics.jsonl"), folder / "curves.png")
     if evaluation is not None:
         sinks.log(evaluation.metrics, int(metrics["epoch"]))
         record_evaluation(evaluation, folder / "test")
-    curves_figure(read_rows(folder / "metrics.jsonl"), folder / "curves.png")
     _hand_over(folder, sinks)
     return Outcome(folder, checkpoint, metrics, evaluation)
 
@@ -113,7 +114,7 @@ def finished(config: RunConfig) -> Outcome | None:
     is_tested = not _holds_out(config) or (folder / "test" / "metrics.json").exists()
     if record["epoch"] < config.train.epochs or not is_tested:
         return None
-    evaluation = evaluate(checkpoint) if _holds_out(config) else None
+    evaluation = evaluate(checkpoint, here=config) if _holds_out(config) else None
     return Outcome(folder, checkpoint, record["metrics"], evaluation)
 
 
@@ -140,27 +141,29 @@ def open_record(config: RunConfig) -> Iterator[Sinks]:
 def _check(config: RunConfig, *, is_new: bool) -> Borrowed | None:
     """Makes what training makes, to see whether folds, batches, bands, optimizer and a new run's weights can be had."""
     clips = open_clips(config.data, config.mel.sample_rate_hz)
-    split = split_clips(clips, config.data)
+    split = check_split(config, clips)
     if config.train.keep == "best" and len(split.valid) == 0:
         raise ConfigError(
             f"train.keep=best: no clip to choose the epoch on (data.valid_fold={config.data.valid_fold}); set "
             f"data.valid_fold to a fold that is not the test fold, or train.keep=last"
         )
-    loader = Loader(
-        clips,
-        split.train,
-        config.clip_samples,
-        config.train.batch_size,
-        seed=0,
-        train=True,
-        least_batches=config.train.epoch_batches,
-        world_size=max(config.scale.most_workers, 1),
-    )
+    training_loader(config, clips, split.train, world_size=max(config.scale.most_workers, 1))
     if config.scale.most_workers == 0:
-        check_memory(config, len(clips.classes), loader.num_heard, choose_device(config.scale))
+        check_memory(config, choose_device(config.scale))
     model = AudioTransformer(config, len(clips.classes))
     make_optimizer(model, config)
     return borrow(model.encoder, config.encoder) if is_new and config.encoder.pretrained != "none" else None
+
+
+def check_split(config: RunConfig, clips: Clips) -> Split:
+    """Splits the clips; raises ConfigError where a test is wanted and the data set's own split has no clip for it."""
+    split = split_clips(clips, config.data)
+    if _holds_out(config) and len(split.test) == 0:
+        raise ConfigError(
+            f"data.test_fold={config.data.test_fold}: {config.data.path} has a split of its own, in which no clip is "
+            "for testing; set data.test_fold=null, and nothing is tested"
+        )
+    return split
 
 
 def send_rest(config: RunConfig) -> None:
@@ -189,12 +192,12 @@ def _hand_over(folder: Path, sink: Sink | Sinks) -> None:
 
 
 def record_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Writes metrics, the confusion matrix and the per-class table."""
+    """Writes the confusion matrix and the per-class table, and then the metrics, which say that the run is tested."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(evaluation.metrics, indent=1))
     if evaluation.confusion is not None:
         confusion_figure(evaluation.confusion, evaluation.classes, folder / "confusion.png")
         per_class_table(evaluation.confusion, evaluation.classes, folder / "per_class.csv")
+    (folder / "metrics.json").write_text(json.dumps(evaluation.metrics, indent=1))
 
 
 def tags(config: RunConfig) -> dict[str, str]:
@@ -209,7 +212,10 @@ def tags(config: RunConfig) -> dict[str, str]:
 
 def absolute(config: RunConfig) -> RunConfig:
     """Resolves every relative path against the current folder, since Ray's workers live in others."""
-    changes: dict[str, str] = {"runs_dir": str(Path(config.runs_dir).expanduser().resolve())}
+    changes: dict[str, str] = {
+        "runs_dir": str(Path(config.runs_dir).expanduser().resolve()),
+        "data.cache_dir": str(Path(config.data.cache_dir).expanduser().resolve()),
+    }
     if "://" not in config.data.path:
         changes["data.path"] = str(Path(config.data.path).expanduser().resolve())
     if (path := config.encoder.pretrained_path) is not None:  # not resolved: a link's target may have no suffix
@@ -231,5 +237,8 @@ def _holds_out(config: RunConfig) -> bool:
 def _git_commit() -> str:
     """Names the commit of the code in use, or says that it is not in a git checkout."""
     home = Path(__file__).parent
-    found = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # there is no git at all
+        return "unknown"
     return found.stdout.strip() or "unknown"

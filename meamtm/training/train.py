@@ -24,7 +24,7 @@ from meamtm.training.context import Context, Stopped
 from meamtm.training.deterministic import deterministic
 from meamtm.training.evaluate import classify
 from meamtm.training.metrics import scores
-from meamtm.training.prepare import to_float, training_batches
+from meamtm.training.prepare import to_float, training_batches, training_loader
 from meamtm.training.recalibrate import recalibrate
 from meamtm.training.step import Best, Learner, make_learner, set_up_heap, settle_objects, train_step
 
@@ -46,17 +46,7 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
     set_up_heap(sparing=config.train.grad_checkpointing)
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     split = split_clips(clips, config.data)
-    loader = Loader(
-        clips,
-        split.train,
-        config.clip_samples,
-        config.train.batch_size,
-        seed=config.train.seed,
-        train=True,
-        least_batches=config.train.epoch_batches,
-        rank=context.rank,
-        world_size=context.world_size,
-    )
+    loader = training_loader(config, clips, split.train, rank=context.rank, world_size=context.world_size)
     labels = Labels(clips.classes, clips.multi_label, clips.digest)
     learner = _start(config, context, clips, split, loader.num_batches)
     metrics = _resume(learner, context, labels)
@@ -151,7 +141,8 @@ def _resume(learner: Learner, context: Context, labels: Labels) -> dict[str, flo
     if learner.ema is not None:
         learner.ema.module.load_state_dict(state["ema"])
     learner.epoch, learner.batch = record["epoch"], record["batch"]
-    learner.losses = [loss * (context.rank == 0) for loss in state["losses"]]  # of all ranks, so one has them
+    losses = [loss.to(context.device) for loss in state["losses"]]
+    learner.losses = [loss * (context.rank == 0) for loss in losses]  # of all ranks, so one has them
     if "best" in state:
         learner.best = Best(**state["best"], weights=load_weights(folder, context.device))
     logger.info("continuing %s after epoch %d", signature(learner.config), learner.epoch)
