@@ -18,6 +18,7 @@ from meamtm.tables import print_answers, print_crossval, print_evaluation, print
 if TYPE_CHECKING:
     from meamtm.config import RunConfig
     from meamtm.inference.predict import Answer
+    from meamtm.training.checkpoint import Saved
 
 
 class Dataset(StrEnum):
@@ -69,7 +70,7 @@ def synth(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")],
     clips_per_class: Annotated[int, typer.Option(help="clips of each of the 10 classes")] = 40,
     clip_s: Annotated[float, typer.Option(help="length of a clip, s")] = 2.0,
-    seed: Annotated[int, typer.Option(help="another seed makes other sounds")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="another seed makes other sounds")] = 0,
 ) -> None:
     """Write the built-in sound set as audio files and a CSV."""
     from meamtm.data.synth import write_synth
@@ -205,10 +206,9 @@ def predict(
 ) -> None:
     """Name the sounds in audio files."""
     from meamtm.inference.predict import classify_files, find_audio, write_csv
-    from meamtm.training.checkpoint import load_model
 
     _check_folder(out)
-    saved, files = load_model(checkpoint), find_audio(paths)
+    saved, files = _load(checkpoint), find_audio(paths)
     answers = _collect(classify_files(saved, files), len(files))
     classes = saved.labels.classes
     if out is not None:
@@ -226,16 +226,26 @@ def embed(
 ) -> None:
     """Turn audio files into embeddings, for search, clustering or another classifier."""
     from meamtm.inference.predict import embed_files, find_audio, write_npz
-    from meamtm.training.checkpoint import load_model
 
     _check_folder(out)
-    saved, files = load_model(checkpoint), find_audio(paths)
+    saved, files = _load(checkpoint), find_audio(paths)
     answers = _collect(embed_files(saved, files), len(files))
     for answer in answers:
         if answer.values is None:
             typer.echo(f"{answer.path}: {answer.problem}", err=True)
     num_files = write_npz(out, answers)
     typer.echo(f"{num_files} embeddings of width {saved.config.encoder.width}: {out}")
+
+
+def _load(checkpoint: Path) -> "Saved":
+    """Reads a model back, onto this machine's GPU if it has one."""
+    from meamtm.config import ScaleConfig
+    from meamtm.training.checkpoint import load_model
+    from meamtm.training.context import choose_device
+
+    saved = load_model(checkpoint)
+    saved.model.to(choose_device(ScaleConfig()))
+    return saved
 
 
 def _check_folder(out: Path | None) -> None:

@@ -157,7 +157,6 @@ ANOTHER: dict[str, Any] = {
 SAME_RUN = {
     "name",
     "runs_dir",
-    "data.cache",
     "data.cache_dir",
     "train.checkpoint_s",
     "train.deterministic",
@@ -196,6 +195,10 @@ REFUSED = [
     (
         {"encoder.preset": "ast_base", "encoder.patch": [16, 8]},
         ("encoder.patch=[16, 8] contradicts encoder.preset=ast_base, which has [16, 16]; leave one of them out"),
+    ),
+    (
+        {"encoder.preset": "ast_base", "encoder.depth": 2},
+        ("encoder.depth=2 contradicts encoder.preset=ast_base, which has 12; leave one of them out"),
     ),
     (
         {"encoder.stride": [16, 17]},
@@ -302,6 +305,19 @@ def test_a_preset_fixes_an_architecture_from_a_file_or_in_an_override() -> None:
     )
 
 
+def test_what_a_preset_fixes_cannot_be_set_back_to_the_default(tmp_path: Path) -> None:
+    """Two blocks are what a run has by default, and no preset's twelve."""
+    (tmp_path / "ast.yaml").write_text("encoder: {preset: ast_base}")
+    ast_base = load(tmp_path / "ast.yaml")
+    message = r"encoder\.depth=2 contradicts encoder\.preset=ast_base, which has 12"
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "ast.yaml", {"encoder.depth": 2})
+    with pytest.raises(ConfigError, match=message):
+        override(ast_base, {"encoder.depth": 2})
+    assert override(ast_base, {"encoder.dropout": 0.1, "encoder.depth": 12}).encoder.depth == 12
+    assert override(ast_base, {"encoder.preset": "none", "encoder.depth": 2}).encoder.depth == 2
+
+
 def test_configs_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().mel.num_bands = 3  # type: ignore[misc]
@@ -366,7 +382,24 @@ def _pattern(message: ast.expr) -> str:
                 "(default 'mean')"
             ),
         ),
-        ("encoder.patch", [16, "x"], "encoder.patch.1='x': input should be a valid integer"),
+        (
+            "encoder.patch",
+            [16, "x"],
+            "encoder.patch.1='x': input should be a valid integer, unable to parse string as an integer; encoder.patch",
+        ),
+        ("scale.workers", -1, "scale.workers=-1: input should be greater than or equal to 0; scale.workers is: "),
+        (
+            "augment.noise_db",
+            False,
+            "augment.noise_db=False: is no number, and YAML reads on, off, yes and no so too; ",
+        ),
+        ("data.test_fold", False, "data.test_fold=False: is no number, and YAML reads on, off, yes and no so too; "),
+        (
+            "train.epochs",
+            True,
+            "train.epochs=True: is no number, and YAML reads on, off, yes and no so too; train.epochs",
+        ),
+        ("encoder.patch", [True, 16], "encoder.patch=[True, 16]: is no number"),
         ("tracking.mlflow", 3, "tracking.mlflow=3: input should be a valid boolean"),
         ("name", "a/b", "name='a/b': string should match pattern"),
         ("name", True, "name=True: input should be a valid string"),
@@ -392,8 +425,9 @@ def test_a_key_is_a_value_or_a_section() -> None:
         from_flat({"optim": 2, "optim.lr.peak": 1})
 
 
-def test_numbers_are_good_names() -> None:
+def test_numbers_and_dates_are_good_names() -> None:
     assert from_flat({"name": 2024}).name == "2024"
+    assert from_flat(parse_changes(["name=2026-11-27"])).name == "2026-11-27"
     assert from_flat({"optim.lr": "3e-4"}).optim.lr == 3e-4  # to YAML, 3e-4 without a point is a word
 
 
@@ -470,7 +504,7 @@ def test_every_key_says_what_it_means() -> None:
         ("optim:\n  lr: 1\n  lr: 2", r"run\.yaml line 3: not valid YAML \(the key lr comes twice\); correct it"),
         ("optim.lr: 1\noptim: {lr: 2}", r"^optim\.lr=2: comes twice, nested and dotted; keep one of them$"),
         ("{" * 5_000, r"run\.yaml: not valid YAML \(too many brackets within each other\); correct it"),
-        ("a: 2026-13-01", r"run\.yaml: not valid YAML \(month must be in 1\.\.12\); correct it"),
+        ("lr: {{ lr }}", r"run\.yaml line 1: not valid YAML \(a key is a word, not a list or mapping\); correct it"),
         ("a: \0", r"run\.yaml: not valid YAML \(unacceptable character .*\); correct it"),
         ("a: 1\n" + "#" * (1 << 20), r"run\.yaml: longer than 1,048,576 characters; settings are not"),
     ],

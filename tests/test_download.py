@@ -240,10 +240,21 @@ def with_a_flipped_bit(files: dict[str, bytes]) -> bytes:
     return bytes(data)
 
 
+def with_a_broken_stream(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in files.items():
+            packed.writestr(name, data)
+    broken = bytearray(out.getvalue())
+    broken[30 + len(next(iter(files)))] = 0x07  # the first byte of the first file: a kind of block that there is not
+    return bytes(broken)
+
+
 CLIP = "ESC-50-master/audio/1-100000-A-0.wav"
 DAMAGES: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
     "not a zip": (lambda _: b"<html>Please log in</html>" * 100, "not a whole zip archive"),
     "torn": (lambda files: archive_of(files)[:-5_000], "not a whole zip archive"),
+    "its stream is broken": (with_a_broken_stream, "not a whole zip archive"),
     "a bit is flipped": (with_a_flipped_bit, "not a whole zip archive"),
     "a clip is missing": (
         lambda files: archive_of({name: data for name, data in files.items() if name != CLIP}),

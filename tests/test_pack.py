@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from meamtm.data import shards
 from meamtm.data.audio import read_audio
+from meamtm.data.folder import whole_folder
 from meamtm.data.pack import pack, read_card
 from meamtm.data.packed import Packed
 from meamtm.data.sources import Entry, assign_folds
@@ -94,6 +95,32 @@ def test_folders_of_any_format_rate_and_channel_count_are_packed_at_their_own_ra
     for row, original in enumerate(["cat/c.ogg", "cat/d.mp3", "dog/a.wav", "dog/deep/b.flac"]):
         kept, _ = read_audio(Packed(str(tmp_path / "out")).sounds(0)[row])
         np.testing.assert_array_equal(kept, read_audio(tmp_path / "in" / original)[0])
+
+
+def test_a_name_is_a_recordings_only_where_it_is_esc50s(tmp_path: Path) -> None:
+    """The third part of 1-7-A-40 is a take; of UrbanSound8K's 100032-3-0-0 it is a number."""
+    for name in ("1-7-A-40.wav", "100032-3-0-0.wav", "100263-3-0-3.wav", "dog/001.wav", "cat/001.wav"):
+        write_sound(tmp_path / "in" / "audio" / name)
+    (tmp_path / "in" / "list.csv").write_text(
+        "filename,fold,target,category\n1-7-A-40.wav,1,0,cat\n100032-3-0-0.wav,1,1,dog\n100263-3-0-3.wav,2,1,dog\n"
+        "dog/001.wav,1,1,dog\ncat/001.wav,2,0,cat\n"
+    )
+    pack(tmp_path / "in", tmp_path / "out")
+    assert column(tmp_path / "out", "group") == ["7", "100032-3-0-0", "100263-3-0-3", "dog/001", "cat/001"]
+
+
+def test_sounds_of_other_kinds_are_listed_and_folders_without_sounds_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = class_folders(tmp_path / "in", ant=2, bee=2)
+    (source / "bee" / "phone.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    soundfile.write(source / "bee" / "old.aiff", np.full(100, 0.1), 8_000)
+    (source / "papers").mkdir()
+    (source / "papers" / "licence.txt").write_text("free")
+    card = pack(source, tmp_path / "out")
+    assert (card.classes, card.num_clips, card.num_rejected) == (("ant", "bee"), 5, 1)
+    assert "phone.m4a,cannot be decoded" in (tmp_path / "out" / "rejected.csv").read_text()
+    assert "papers: holds no sound, so no class is called papers" in caplog.text
 
 
 def test_a_manifest_gives_several_labels_folds_groups_and_splits(tmp_path: Path) -> None:
@@ -281,11 +308,38 @@ def test_an_interrupted_pack_leaves_nothing_half_written(sounds: Path, tmp_path:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_link_in_the_place_of_a_data_set_stays_one(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "in", ant=2, bee=2)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "set")
+    for _ in range(2):
+        pack(source, tmp_path / "out")
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "disk" / "set" / "card.json").is_file()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["set"]
+        write_sound(source / "ant" / "more.wav")
+
+
+def test_a_set_that_was_just_being_replaced_comes_back(tmp_path: Path) -> None:
+    """Its name was taken from it, and the process died before the new one had it."""
+    source = class_folders(tmp_path / "in", ant=2, bee=2)
+    pack(source, tmp_path / "out")
+    written = (tmp_path / "out" / "card.json").stat().st_mtime_ns
+    (tmp_path / "out").rename(tmp_path / ".out.old-0123abcd")
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "out"):
+        _ = 1 / 0
+    assert (tmp_path / "out" / "card.json").stat().st_mtime_ns == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
 def test_what_a_killed_pack_left_is_swept_up_by_the_next(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "in", ant=2, bee=2)
     left = tmp_path / ".out.part-0123abcd"
     left.mkdir()
     (left / "clips-00000.parquet").write_bytes(bytes(10))
+    pack(source, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.old-0123abcd")
+    write_sound(source / "ant" / "more.wav")
     pack(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 

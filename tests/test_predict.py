@@ -25,9 +25,10 @@ def saved() -> Saved:
     return made(multi_label=False)
 
 
-def made(*, multi_label: bool) -> Saved:
+def made(*, multi_label: bool, precision: str = "float32") -> Saved:
     config = from_flat(
         {
+            "train.precision": precision,
             "data.clip_s": 0.5,
             "mel.sample_rate_hz": RATE_HZ,
             "mel.num_bands": 16,
@@ -65,7 +66,7 @@ def expected(saved: Saved, waveform: np.ndarray) -> np.ndarray:
     """The model's own answer to samples as a 16-bit file holds them."""
     samples = torch.from_numpy(np.rint(waveform * 32_768).astype(np.float32) / 32_768)[None]
     with torch.inference_mode():
-        return saved.model(samples).softmax(1)[0].numpy()
+        return saved.model(samples).float().softmax(1)[0].numpy()
 
 
 def test_audio_is_found_in_files_and_folders_in_a_fixed_order(tmp_path: Path) -> None:
@@ -96,6 +97,20 @@ def test_a_long_file_is_the_mean_of_windows_that_cover_it(saved: Saved, tmp_path
     [answer] = heard(classify_files(saved, [write(tmp_path / "a.wav", noise(10_000))]))
     windows = [noise(10_000)[start : start + 4_000] for start in (0, 3_000, 6_000)]
     np.testing.assert_allclose(answer, np.mean([expected(saved, part) for part in windows], axis=0), atol=1e-6)
+
+
+def test_files_are_heard_in_the_precision_that_tests_are_made_in(saved: Saved, tmp_path: Path) -> None:
+    low = made(multi_label=False, precision="bf16")
+    [answer] = heard(classify_files(low, [write(tmp_path / "a.wav", noise(4_000))]))
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_allclose(answer, expected(low, noise(4_000)), atol=1e-6)
+    assert not np.allclose(answer, expected(saved, noise(4_000)), atol=1e-6)
+
+
+def test_a_file_a_little_longer_than_a_window_is_heard_in_its_middle(saved: Saved, tmp_path: Path) -> None:
+    """As evaluation hears it."""
+    [answer] = heard(classify_files(saved, [write(tmp_path / "a.wav", noise(4_200))]))
+    np.testing.assert_allclose(answer, expected(saved, noise(4_200)[100:4_100]), atol=1e-6)
 
 
 def test_a_short_file_is_padded_with_silence(saved: Saved, tmp_path: Path) -> None:

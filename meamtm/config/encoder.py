@@ -99,7 +99,7 @@ class EncoderConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset_fixes_its_keys(cls, given: Any) -> Any:
-        """Fills in what a preset fixes; a key that says otherwise, and is not the default, contradicts it.
+        """Fills in what a preset fixes; a key that says otherwise contradicts it.
 
         pydantic runs what is defined last first, so a claimed `width` is checked against the preset's.
         """
@@ -107,9 +107,8 @@ class EncoderConfig(Section):
         if not isinstance(preset, str) or preset not in PRESETS:
             return given
         for key, value in PRESETS[preset].items():
-            default = cls.model_fields[key].default
             found = tuple(given[key]) if isinstance(given.get(key), list) else given.get(key, value)
-            if found not in (value, default):
+            if found != value:
                 shown = list(value) if isinstance(value, tuple) else value
                 raise ValueError(
                     f"encoder.{key}={given[key]} contradicts encoder.preset={preset}, which has {shown}; "
@@ -130,3 +129,9 @@ class EncoderConfig(Section):
                 f"encoder.stem_channels={list(self.stem_channels)} must each lie in 8..4096; correct those outside"
             )
         return self
+
+
+def preset_keys(preset: object) -> frozenset[str]:
+    """Dotted keys that a preset fixes; none where there is no such preset."""
+    fixed = PRESETS[preset] if isinstance(preset, str) and preset in PRESETS else {}
+    return frozenset(f"encoder.{key}" for key in fixed)

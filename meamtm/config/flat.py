@@ -9,12 +9,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from meamtm.config.encoder import WEIGHT_FILES
+from meamtm.config.encoder import WEIGHT_FILES, preset_keys
 from meamtm.config.schema import RunConfig
 from meamtm.config.yaml_text import read_value, read_yaml, write_tree
 from meamtm.errors import ConfigError
@@ -27,7 +27,7 @@ UNSCIENTIFIC = (
     "runs_dir",
     "scale.",
     "tracking.",
-    "data.cache",
+    "data.cache_dir",
     "train.checkpoint_s",
     "train.deterministic",
     "train.grad_checkpointing",
@@ -54,8 +54,13 @@ def from_flat(flat: Mapping[str, Any]) -> RunConfig:
 
 
 def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """Returns the configuration with some dotted keys changed, checked as a whole."""
-    return from_flat(flatten(config) | flatten(changes))
+    """Returns the configuration with some dotted keys changed, checked as a whole.
+
+    A preset that is asked for anew replaces what it fixes, where no change says otherwise."""
+    flat, changes = flatten(config), flatten(changes)
+    if (preset := changes.get("encoder.preset")) != flat["encoder.preset"]:
+        flat = {key: value for key, value in flat.items() if key not in preset_keys(preset)}
+    return from_flat(flat | changes)
 
 
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> RunConfig:
@@ -78,6 +83,8 @@ def signature(config: RunConfig) -> str:
     """
     flat = {key: value for key, value in flatten(config).items() if not key.startswith(UNSCIENTIFIC)}
     flat["data.path"] = PurePath(config.data.path).name
+    if flat["data.cache"] != "none":  # without a cache clips come in another order; which one there is decides nothing
+        del flat["data.cache"]
     if (path := config.encoder.pretrained_path) is not None:
         flat["encoder.pretrained"] = (path.parent if path.name in WEIGHT_FILES else path).name
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
@@ -108,9 +115,13 @@ def write_yaml(path: Path, flat: Mapping[str, Any], header: str = "") -> None:
 
 
 def _without_password(key: str, value: Any) -> Any:
-    """Drops user and password from a URI, which then come from the environment.
+    """Drops user and password from a URI, and from those in a tree, which then come from the environment.
 
     A tracking server's password may hold what should have been quoted; elsewhere an @ may belong to a path."""
+    if isinstance(value, Mapping):
+        return {name: _without_password(f"{key}.{name}", one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_password(key, one) for one in value]
     if not isinstance(value, str) or "://" not in value:
         return value
     user = r"://\S*@" if key.endswith("tracking.uri") else r"://[^/\s]*@"
@@ -133,22 +144,51 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def build(model: type[Model], flat: Mapping[str, Any]) -> Model:
     """Builds any settings class from dotted keys; its errors name key, value, rule and remedy."""
+    _check_booleans(model, flat)
     try:
         return model.model_validate(nest(flat))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(model, problem) for problem in error.errors()[:3])) from error
 
 
+def _check_booleans(model: type[BaseModel], flat: Mapping[str, Any]) -> None:
+    """Refuses a true or false where a number belongs: Python takes them for 1 and 0, and YAML on and off for them."""
+    for key, value in flatten(flat).items():
+        field = _field(model, key)
+        has_boolean = any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value]))
+        if (
+            has_boolean
+            and field is not None
+            and _takes(field.annotation, int, float)
+            and not _takes(field.annotation, bool)
+        ):
+            raise ConfigError(
+                f"{key}={value!r}: is no number, and YAML reads on, off, yes and no so too; "
+                f"{key} is: {field.description} (default {field.default!r})"
+            )
+
+
+def _takes(annotation: Any, *kinds: type) -> bool:
+    return annotation in kinds or any(_takes(one, *kinds) for one in get_args(annotation))
+
+
 def _explain(model: type[BaseModel], problem: Any) -> str:
-    key, value = ".".join(str(part) for part in problem["loc"]), problem["input"]
+    place, value = [str(part) for part in problem["loc"]], problem["input"]
+    depths = [depth for depth in range(1, len(place) + 1) if _field(model, ".".join(place[:depth])) is not None]
+    field_key = ".".join(place[: depths[-1] if depths else 0])
+    key = ".".join(place)
+    if (
+        depths and problem["type"] != "extra_forbidden"
+    ):  # where several types are tried, pydantic adds which: no part of a key
+        key = ".".join([field_key, *(part for part in place[depths[-1] :] if part.isdigit())])
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(model), n=1, cutoff=0.4)
         return f"{key}={value!r}: no such key" + (f"; did you mean {near[0]}?" if near else "; see `meamtm show`")
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    field = _field(model, key)
+    field = _field(model, field_key)
     meaning = (
-        f"; {key} is: {field.description} (default {field.default!r})"
+        f"; {field_key} is: {field.description} (default {field.default!r})"
         if field is not None and field.description
         else ""
     )

@@ -31,11 +31,19 @@ class _Loader(yaml.SafeLoader):
         """Refuses a key that comes twice, of which one value would silently be lost."""
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConstructorError(None, None, "a key is a word, not a list or mapping", key_node.start_mark)
             if key_node.value in seen:
                 raise ConstructorError(None, None, f"the key {key_node.value} comes twice", key_node.start_mark)
-            if isinstance(key_node.value, str):
-                seen.add(key_node.value)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+# A date stays the text that it is: no key wants one, and a name may look like one.
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def read_value(text: str) -> Any:
@@ -44,7 +52,7 @@ def read_value(text: str) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except RecursionError as error:
         raise yaml.YAMLError("too many brackets within each other") from error
-    except ValueError as error:  # of a date that is none, as 2026-13-01
+    except ValueError as error:  # of a number too long to read
         raise yaml.YAMLError(str(error)) from error
 
 

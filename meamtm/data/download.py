@@ -8,6 +8,7 @@ import shutil
 import stat
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from http.client import HTTPException, HTTPResponse
@@ -165,9 +166,10 @@ def _unpack(archive: Path, out: Path, progress: Progress) -> int:
             return _check(folder, progress)
     except (
         zipfile.BadZipFile,
+        zlib.error,
         NotImplementedError,
         EOFError,
-    ) as error:  # the second is for ways of packing unknown here
+    ) as error:  # the third is for ways of packing unknown here
         raise DataError(f"{archive}: not a whole zip archive ({error}); download it again") from error
 
 

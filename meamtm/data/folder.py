@@ -17,6 +17,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Everything is on the disk before the name changes. A folder that has the name already is replaced, so the caller
     makes sure first that it may be. What a killed process left of an earlier attempt is removed.
     """
+    out = out.resolve()  # a link stays one, and what it leads to is replaced
     out.parent.mkdir(parents=True, exist_ok=True)
     _sweep(out)
     scratch = _beside(out, "part")
@@ -35,22 +36,27 @@ def _put(scratch: Path, out: Path) -> None:
         scratch.rename(out)
     else:
         old = _beside(out, "old")
-        out.rename(old)
-        try:
-            scratch.rename(out)
-        except OSError:
-            old.rename(out)
-            raise
-        shutil.rmtree(old)
+        with _lock(out):
+            out.rename(old)
+            try:
+                scratch.rename(out)
+            except OSError:
+                old.rename(out)
+                raise
+            shutil.rmtree(old)
     _sync_one(out.parent)
 
 
 def _sweep(out: Path) -> None:
-    """Removes unfinished folders of this name that no living process holds."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.part-*"):
+    """Removes what no living process holds: unfinished folders of this name, and replaced ones, of which the last comes
+    back if its place is empty."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
         try:
             with _lock(left):
-                shutil.rmtree(left)
+                if left.name.startswith(f".{out.name}.old-") and not out.exists():
+                    left.rename(out)
+                else:
+                    shutil.rmtree(left)
         except OSError:  # another process is at work in it, or has just removed it
             continue
 

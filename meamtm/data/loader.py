@@ -64,7 +64,8 @@ class Loader:
         spare = np.maximum(clips.num_samples[indices] - clip_samples, 0)  # samples beyond what is heard at once
         self._train, self._indices, self._spare = train, indices, spare
         if not train:
-            self._indices, self._starts = _windows(indices, spare, clip_samples)
+            counts, self._starts = cut_windows(spare, clip_samples, MAX_WINDOWS)
+            self._indices = np.repeat(indices, counts)
         least_heard = (least_batches - 1) * batch_size + 1
         self._num_passes = max(1, -(-least_heard // max(len(self._indices), 1))) if train else 1
         self.num_heard = self._num_passes * len(self._indices)
@@ -114,17 +115,20 @@ class Loader:
         return buffer
 
 
-def _windows(
-    indices: Int64[np.ndarray, " index"], spare: Int64[np.ndarray, " index"], clip_samples: int
-) -> tuple[Int64[np.ndarray, " window"], Int64[np.ndarray, " window"]]:
-    """Cuts each clip into evenly spaced windows, the last one ending where the clip does."""
+def cut_windows(
+    spare: Int64[np.ndarray, " clip"], clip_samples: int, most: int | None = None
+) -> tuple[Int64[np.ndarray, " clip"], Int64[np.ndarray, " window"]]:
+    """Cuts clips, each `spare` samples longer than a window, into evenly spaced windows, so many at most.
+
+    Gives how many each clip has, and where they begin. The last one ends where its clip does."""
     missed = spare - clip_samples // 10  # a tenth of a window may go unheard: 5.02 s are not worth two windows of 5 s
-    counts = np.minimum(1 + np.maximum(-(-missed // clip_samples), 0), MAX_WINDOWS)  # (index,)
+    counts = 1 + np.maximum(-(-missed // clip_samples), 0)  # (clip,)
+    counts = counts if most is None else np.minimum(counts, most)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # (window,): 0, 1, .. of its clip
     last = np.repeat(counts - 1, counts)  # (window,): number of its clip's last window
     spare = np.repeat(spare, counts)  # (window,)
     starts = np.where(last == 0, spare // 2, spare * number // np.maximum(last, 1))
-    return np.repeat(indices, counts), starts
+    return counts, starts
 
 
 def _shuffle(

@@ -5,7 +5,9 @@ sub-folder per class. Nothing is decoded here."""
 
 import csv
 import hashlib
+import logging
 import os
+import re
 import stat
 import unicodedata
 import warnings
@@ -20,10 +22,14 @@ from jaxtyping import Int16
 from meamtm.errors import DataError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+OTHER_AUDIO_SUFFIXES = (".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".oga", ".opus", ".webm", ".wma")
+"""Of sounds that nobody promises to read: what cannot be decoded is listed with its reason, and not passed over."""
 ESC_COLUMNS = {"filename", "fold", "target", "category"}
 MANIFEST_COLUMNS = {"path", "label"}
 SPLITS = ("train", "valid", "test")
 NUM_FOLDS = 5
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +154,9 @@ def _clip_id(path: Path) -> str:
 
 
 def _esc_source(name: Path) -> str:
-    """FOLD-SOURCE-TAKE-TARGET names its source recording; any other name is its own."""
-    parts = name.stem.split("-")
-    return parts[1] if len(parts) == 4 else name.stem
+    """FOLD-SOURCE-TAKE-TARGET, as 1-100032-A-0, names its source recording; any other name is its own."""
+    found = re.fullmatch(r"\d+-(\d+)-[A-Z]-\d+", name.stem)
+    return found[1] if found else _clip_id(name)
 
 
 def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
@@ -180,7 +186,9 @@ def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[
 def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     entries = []
     for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+        files = find_sounds(folder)
+        if not files:
+            logger.warning("%s: holds no sound, so no class is called %s", folder, folder.name)
         for path in files:
             clip_id = _clip_id(path.relative_to(source))
             entries.append(Entry(clip_id, path, (folder.name,), clip_id))
@@ -190,6 +198,11 @@ def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
             f"one sub-folder of {' '.join(AUDIO_SUFFIXES)} files per class, or --manifest CSV"
         )
     return tuple(entries), _sorted_labels(entries)
+
+
+def find_sounds(folder: Path) -> list[Path]:
+    """Files below a folder whose names are those of sounds, in order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES + OTHER_AUDIO_SUFFIXES)
 
 
 def _sorted_labels(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -246,7 +259,10 @@ def _inside(folder: Path, name: Path, table: Path, line: int) -> Path:
 def _check_unique(entries: Sequence[Entry], where: Path) -> None:
     clip_id, times = Counter(entry.clip_id for entry in entries).most_common(1)[0]
     if times > 1:
-        raise DataError(f"{where}: {times} clips are called {clip_id}; give each file a name of its own, suffix aside")
+        raise DataError(
+            f"{where}: {times} clips are called {clip_id}; give each file a name of its own, suffix aside, and a file "
+            "with several labels one line with all of them, separated by ;"
+        )
 
 
 def _check_groups(entries: Sequence[Entry], where: Path) -> None:

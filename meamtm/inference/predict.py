@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32
 from torch import Tensor
 
-from meamtm.data.audio import FULL_SCALE, read_audio
+from meamtm.data.audio import read_audio
+from meamtm.data.loader import cut_windows
+from meamtm.data.sources import AUDIO_SUFFIXES, find_sounds
 from meamtm.errors import DataError
+from meamtm.model.precision import autocast
 from meamtm.training.checkpoint import Saved
+from meamtm.training.prepare import to_float
 
-AUDIO = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 WINDOWS_AT_ONCE = 32
 
 
@@ -32,14 +35,14 @@ def find_audio(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO)
+            found += find_sounds(path)
         elif path.exists():
             found.append(path)
         else:
             raise DataError(f"{path}: no such file or folder; name audio files or folders of them")
     if not found:
         raise DataError(
-            f"{', '.join(map(str, paths))}: no {', '.join(sorted(AUDIO))} file in there; name another folder"
+            f"{', '.join(map(str, paths))}: no {', '.join(sorted(AUDIO_SUFFIXES))} file in there; name another folder"
         )
     return found
 
@@ -91,23 +94,17 @@ def _answer(saved: Saved, path: Path, function: Callable[[Tensor], Tensor]) -> A
     except DataError as error:
         return Answer(path, None, str(error))
     device, window = saved.model.mel.mean.device, saved.config.clip_samples
-    starts = _starts(len(samples), window)
+    _, starts = cut_windows(np.array([max(len(samples) - window, 0)]), window)
     samples = np.pad(samples, (0, max(window - len(samples), 0)))
     parts = []
-    with torch.inference_mode():
-        for some in starts.split(WINDOWS_AT_ONCE):  # floats of an hour would take four times what its samples take
-            windows = np.stack([samples[start : start + window] for start in some.tolist()])  # (batch, window)
-            parts.append(function(torch.from_numpy(windows).to(device).float() / FULL_SCALE))
-    return Answer(path, torch.cat(parts).float().mean(0).cpu().numpy())
+    with torch.inference_mode(), autocast(saved.config, device):
+        for first in range(0, len(starts), WINDOWS_AT_ONCE):  # all at once would take an hour's floats
+            some = starts[first : first + WINDOWS_AT_ONCE].tolist()
+            windows = np.stack([samples[start : start + window] for start in some])  # (batch, window)
+            parts.append(function(to_float(windows, device)).float())
+    return Answer(path, torch.cat(parts).mean(0).cpu().numpy())
 
 
 def _probabilities(saved: Saved, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch label"]:
-    logits = saved.model(waveform)
+    logits = saved.model(waveform).float()
     return logits.sigmoid() if saved.labels.multi_label else logits.softmax(1)
-
-
-def _starts(num_samples: int, window: int) -> Int[Tensor, " batch"]:
-    """Where evenly spaced windows begin that cover a waveform; a short one has a single window."""
-    spare = max(num_samples - window, 0)
-    count = 1 + -(-spare // window)
-    return torch.arange(count) * spare // max(count - 1, 1)
