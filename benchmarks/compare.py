@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from meamtm.config import RunConfig, Value, load, override, parse_changes
+from meamtm.config import RunConfig, Value, flatten, load, override, parse_changes
 from meamtm.crossval import CrossValidation, cross_validate, deviation, plan_runs
 from meamtm.errors import MeamtmError
 from meamtm.screen import bar, run_bars, stop_on_signal
@@ -44,6 +44,11 @@ WITHOUT: dict[str, dict[str, Value]] = {
     "stem": {"encoder.stem": "patch"},
 }
 """What takes each ingredient out of a recipe."""
+NEEDED: dict[str, dict[str, Value]] = {
+    "mixing-end": {"mix.kind": "none"},
+    "recalibration": {"encoder.stem": "patch"},
+}
+"""Ingredients that are none where a recipe has this already: nothing is mixed, or there is no batch norm."""
 
 
 def main() -> None:
@@ -69,7 +74,11 @@ def main() -> None:
 
 def ablated(recipe: RunConfig, names: list[str]) -> dict[str, RunConfig]:
     """Takes one ingredient after the other out of a recipe, of those that it has."""
-    found = {f"without {name}": override(recipe, WITHOUT[name]) for name in names}
+    flat = flatten(recipe)
+    absent = {name for name, keys in NEEDED.items() if keys.items() <= flat.items()}
+    if recipe.optim.name != "muon":
+        absent.add("muon")
+    found = {f"without {name}": override(recipe, WITHOUT[name]) for name in names if name not in absent}
     return {name: config for name, config in found.items() if config != recipe}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import signal
 import statistics
 from collections import Counter
@@ -13,11 +14,14 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow_points import Points, points_of
+from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from scipy.stats import binomtest
 from test_tune_study import call, cluster, command, recorded, study, wait_for, write_study  # noqa: F401
 
 from meamtm.config import RunConfig
+from meamtm.errors import ConfigError
 from meamtm.model.cost import cost
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest
@@ -29,6 +33,7 @@ from tune.history import choose, enqueue_finalists, open_study, point_of, repeat
 from tune.plan import Plan, load_plan
 from tune.race import luck
 from tune.result import read_result
+from tune.runs import is_recorded
 from tune.search import TruthfulSearch
 from tune.study import run_study
 
@@ -39,6 +44,16 @@ FOLDS = ["data.valid_fold=null", "inner_folds=[2,3]"]
 def trial_runs(plan: Plan, trial: Any) -> list[RunConfig]:
     """The runs of an Optuna trial, one for each fold."""
     return [absolute(run) for run in plan.runs(plan.trial(trial.number, point_of(trial), seed_of(trial)))]
+
+
+def trial_points(plan: Plan) -> dict[str, Points]:
+    """What MLflow has of each trial."""
+    uri = str(plan.base.tracking.uri)
+    return {
+        str(run.info.run_name): points_of(uri, run.info.run_id)
+        for run in recorded(plan)[plan.name]
+        if "trial" in str(run.info.run_name)
+    }
 
 
 # --- the epochs of several folds
@@ -88,7 +103,8 @@ def test_a_race_ends_who_is_beaten_and_not_by_luck(tmp_path: Path, study: Path, 
     scheduler = make_scheduler(plan, open_study(plan))
 
     def judge(hits: str, epoch: int, *, is_repeat: bool = False) -> str:
-        trial: Any = SimpleNamespace(trial_id=f"b{hits}{is_repeat}", config={"is_repeat": is_repeat})
+        config = {"number": search.study.ask().number, "is_repeat": is_repeat}
+        trial: Any = SimpleNamespace(trial_id=f"b{hits}{is_repeat}", config=config)
         controller: Any = None
         scheduler.on_trial_add(controller, trial)
         return scheduler.on_trial_result(controller, trial, {"epoch": epoch, "valid/accuracy": 0.9, "hits": hits})
@@ -104,14 +120,63 @@ def test_a_race_ends_who_is_beaten_and_not_by_luck(tmp_path: Path, study: Path, 
 @pytest.mark.parametrize(("reduction", "ends_at"), [(2, 1), (3, 2), (4, 3)])
 def test_asha_ends_nobody_before_enough_trials_are_there_to_tell(study, reduction: int, ends_at: int) -> None:  # noqa: F811
     plan = load_plan(study, [f"asha.reduction={reduction}", "asha.grace_epochs=1", "train.epochs=40"])
-    scheduler, said = make_scheduler(plan, open_study(plan)), []
+    optuna_study, said = open_study(plan), []
+    scheduler = make_scheduler(plan, optuna_study)
     for number in range(6):  # each worse than the one before
-        trial: Any = SimpleNamespace(trial_id=str(number), config={"is_repeat": False})
+        config = {"number": optuna_study.ask().number, "is_repeat": False}
+        trial: Any = SimpleNamespace(trial_id=str(number), config=config)
         controller: Any = None
         scheduler.on_trial_add(controller, trial)
         said.append(scheduler.on_trial_result(controller, trial, {"epoch": 1, "valid/accuracy": 0.9 - 0.1 * number}))
     assert said.index(TrialScheduler.STOP) == ends_at
     assert set(said[ends_at:]) == {TrialScheduler.STOP}
+
+
+def test_asha_judges_no_epoch_of_a_trial_anew_when_it_goes_on_under_another_driver(study) -> None:  # noqa: F811
+    """The first of six came to its rung when nobody else had; now, judged with the others, it would end there."""
+    plan = load_plan(study, ["asha.reduction=2", "asha.grace_epochs=1", "train.epochs=40"])
+    optuna_study, controller = open_study(plan), None
+    for number in range(6):
+        trial = optuna_study.ask()
+        trial.report(0.3 + 0.1 * number, 1)
+        if number > 0:
+            optuna_study.tell(trial, state=TrialState.PRUNED)
+    scheduler: Any = make_scheduler(plan, optuna_study)
+    continued, fresh = (
+        SimpleNamespace(trial_id=str(number), config={"number": number, "is_repeat": False})
+        for number in (0, optuna_study.ask().number)
+    )
+    for trial in (continued, fresh):
+        scheduler.on_trial_add(controller, trial)
+    second = {"epoch": 1.5, "valid/accuracy": 0.3}
+    assert scheduler.on_trial_result(controller, continued, second) == TrialScheduler.CONTINUE
+    assert scheduler.on_trial_result(controller, fresh, second) == TrialScheduler.STOP
+
+
+def test_finalists_are_asked_before_what_a_time_budget_left_in_line(study: Path) -> None:  # noqa: F811
+    plan = load_plan(study, ["trials=3", "finalists=2", "finalist_seeds=1"])
+    search = TruthfulSearch(plan)
+    for number, value in enumerate((0.7, 0.9)):
+        search.suggest(str(number))
+        search.study.tell(number, value)
+    search.suggest("cut short before its first epoch")
+    settle(search.study)
+    enqueue_finalists(search.study, plan)
+    asked = [search.suggest(f"asked {number}") for number in range(3)]
+    assert [each["is_repeat"] for each in asked] == [True, True, False]
+    assert asked[2]["number"] == 2, "which waits until a search goes on"
+
+
+@pytest.mark.parametrize(
+    "part", [{"set": {"train.keep": "best"}}, {"space": {"train.keep": {"choice": ["last", "best"]}}}]
+)
+def test_a_study_that_could_not_train_its_best_trial_again_is_refused(study: Path, part: dict[str, Any]) -> None:  # noqa: F811
+    settings = yaml.safe_load(study.read_text())
+    for section, keys in part.items():
+        settings[section] |= keys
+    study.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=r"train\.keep=best: .* choose its epoch; set train\.keep=last"):
+        load_plan(study)
 
 
 # --- whole studies
@@ -190,6 +255,21 @@ def test_finalists_are_recorded_and_shown(noisy, capsys) -> None:
 
 
 @pytest.mark.ray
+def test_trials_of_several_folds_are_sent_to_a_server_that_lacks_them(noisy, tmp_path: Path) -> None:
+    path, words, plan, result, _ = noisy
+    shutil.copytree(plan.folder, tmp_path / "studies" / plan.name)
+    for memo in (tmp_path / "studies").rglob("mlflow.json"):
+        memo.unlink()
+    shutil.rmtree(next((tmp_path / "studies").glob("*/trials/trial-0000-????????")))  # as if MLflow had been away then
+    places = [f"studies_dir={tmp_path}/studies", f"tracking.uri=sqlite:///{tmp_path}/other.db"]
+    late = load_plan(path, [*words, *places])
+    assert not is_recorded(late, result)
+    assert run_study(late, pytest.fail) == result
+    assert trial_points(late) == trial_points(plan)
+    assert is_recorded(late, result)
+
+
+@pytest.mark.ray
 def test_more_finalists_are_added_to_a_finished_study(noisy) -> None:
     path, words, plan, _, _ = noisy
     more, lines = load_plan(path, [*words, "finalists=3"]), []
@@ -218,6 +298,7 @@ def test_a_study_that_is_killed_in_its_second_fold_ends_as_one_that_was_not(nois
     assert trial.params == expected.params
     assert trial.intermediate_values == expected.intermediate_values
     assert trial.user_attrs["hits"] == expected.user_attrs["hits"]
+    assert trial_points(killed)["trial-0000"] == trial_points(plan)["trial-0000"]
 
 
 @pytest.mark.ray

@@ -87,7 +87,8 @@ def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder, num_tria
 def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
     """ASHA in the first fold and a race after each, or neither where cheap trials are sought too.
 
-    ASHA remembers the trials of earlier drivers, so that a resumed study judges as an uninterrupted one."""
+    ASHA remembers the trials of earlier drivers, those that go on included, so that a resumed study judges as an
+    uninterrupted one."""
     if plan.config.cost is not None:
         return FIFOScheduler()
     if plan.grace_epochs is None:
@@ -104,11 +105,10 @@ def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
         stop_last_trials=False,
     )
     for trial in trained(study):
-        earlier: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}", config={"is_repeat": False})
+        config = {"number": trial.number, "is_repeat": False}
+        earlier: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}", config=config)
         controller: Any = None
         scheduler.on_trial_add(controller, earlier)
-        for epoch, value in sorted(trial.intermediate_values.items()):
-            scheduler.on_trial_result(controller, earlier, {"epoch": epoch, plan.config.metric: value})
     return scheduler
 
 

@@ -179,15 +179,18 @@ def _withdraw(study: "Study", wanted: "Sequence[Repeat]") -> None:
     """Takes finalists' trials out of line that an earlier command wanted and this one does not."""
     from optuna.trial import TrialState
 
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        if (repeat := repeat_of(trial)) is not None and repeat not in wanted:
+    for trial in waiting_repeats(study):
+        if repeat_of(trial) not in wanted:
             study._storage.set_trial_user_attr(trial._trial_id, "rejected", "no finalist any more")
             study._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
 
 
-def num_waiting_repeats(study: "Study") -> int:
-    """Counts finalists' trials that are in line."""
-    return sum(trial.state.name == "WAITING" and repeat_of(trial) is not None for trial in study.trials)
+def waiting_repeats(study: "Study") -> "list[FrozenTrial]":
+    """Finalists' trials that are in line."""
+    from optuna.trial import TrialState
+
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    return [trial for trial in waiting if repeat_of(trial) is not None]
 
 
 def choose(study: "Study", plan: Plan) -> "FrozenTrial | None":

@@ -65,6 +65,13 @@ class RacingASHA(Race, ASHAScheduler):
         rungs = (options["grace_period"], options["max_t"], options["reduction_factor"])
         self._brackets = [PatientBracket(*rungs, 0, stop_last_trials=options["stop_last_trials"])]
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Takes a trial in, with the epochs that it had under an earlier driver: whatever was judged then is done."""
+        super().on_trial_add(tune_controller, trial)
+        known = self._study.trials[trial.config["number"]].intermediate_values
+        for epoch, value in sorted(known.items()):
+            self.on_trial_result(tune_controller, trial, {"epoch": epoch, self._plan.config.metric: value})
+
 
 class RacingFIFO(Race, FIFOScheduler):
     """A race between folds alone."""

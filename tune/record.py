@@ -10,7 +10,6 @@ from typing import Any
 
 import ray.tune
 
-from meamtm.config import from_flat
 from meamtm.errors import ServiceError
 from meamtm.tracking import MLflowSink, Status
 from tune.history import Outcome, judge, point_of, repeat_of, trained
@@ -71,13 +70,14 @@ class Recorder(ray.tune.Callback):
     def _open(self, trial: Any) -> None:
         if self.parent is None:
             return
-        known, run = self.search.known(trial.trial_id), from_flat(trial.config["run"])
+        known = self.search.known(trial.trial_id)
+        from_step = known.last_step or 0  # up to there the sink catches up by itself
         try:
-            sink = start_child(self.parent, known, run, self.tags, from_step=known.last_step or 0)
+            sink = start_child(self.plan, self.parent, known, self.tags, from_step)
         except ServiceError as error:
-            logger.warning("%s is not in MLflow yet: %s", run.name, error)
+            logger.warning("trial %d is not in MLflow yet: %s", known.number, error)
             return
-        self.sinks[trial.trial_id] = sink
+        self.sinks[trial.trial_id], self.logged[trial.trial_id] = sink, from_step
         self.search.note(trial.trial_id, "mlflow_run_id", str(sink.run_id))
 
     def _end(self, trial: Any, outcome: Outcome) -> None:

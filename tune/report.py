@@ -160,6 +160,7 @@ def importances(compared: "Study") -> dict[str, dict[str, float]]:
 def write_report(plan: Plan, study: "Study") -> list[Path]:
     """Writes trials.csv and the figures, and returns their paths."""
     from tune.figures import (
+        LOOKS,
         history_figure,
         importance_figure,
         parallel_figure,
@@ -173,7 +174,7 @@ def write_report(plan: Plan, study: "Study") -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [_write_csv(rows(study), plan, folder / "trials.csv")]
     trials = [row for row in rows(study) if row.repeats is None]
-    if not any(row.value is not None for row in trials):
+    if not any(row.state in LOOKS and row.value is not None for row in trials):
         return files
     files += [history_figure(trials, objective, plan.config.mode, folder / "history.png")]
     compared = stages(study, plan)

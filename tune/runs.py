@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from meamtm.config import RunConfig, flatten, run_name, signature
 from meamtm.errors import ServiceError
-from meamtm.tracking import MLflowSink, Status, has_all, resolve_uri, warn_of_rest
+from meamtm.tracking import MLflowSink, Status, has_all, read_rows, resolve_uri, warn_of_rest, write_rows
+from tune.folds import Folds
 from tune.history import OUTCOMES, Outcome, ended, point_of, repeat_of, seed_of
 from tune.plan import Plan
 from tune.result import Result
@@ -37,12 +38,14 @@ def start_parent(plan: Plan, run_id: str | None, tags: Mapping[str, str]) -> MLf
 
 
 def start_child(
-    parent: MLflowSink, trial: "FrozenTrial", run: RunConfig, tags: Mapping[str, str], from_step: int
+    plan: Plan, parent: MLflowSink, trial: "FrozenTrial", tags: Mapping[str, str], from_step: int
 ) -> MLflowSink:
     """Opens a trial's MLflow run below the study's, or continues it; raises ServiceError where nobody answers."""
-    from meamtm.training.run import run_folder
+    from meamtm.training.run import absolute, run_folder
 
+    run = absolute(plan.trial(trial.number, point_of(trial), seed_of(trial)))
     folder = run_folder(run)
+    _gather_folds(plan, run, folder)
     sink = MLflowSink(
         parent.uri, parent.experiment, run.name, parent_run_id=parent.run_id, folder=folder, close_wait_s=CLOSE_WAIT_S
     )
@@ -51,6 +54,23 @@ def start_child(
         tags["optuna.repeats"] = str(repeat.number)
     sink.start(flatten(run), tags, from_step=from_step)
     return sink
+
+
+def _gather_folds(plan: Plan, run: RunConfig, folder: Path) -> None:
+    """Brings what the folds of a trial have recorded together in its own folder, where MLflow's record is kept from."""
+    from meamtm.training.run import run_folder
+
+    if not plan.config.inner_folds:
+        return
+    folds, gathered = Folds(plan.config.metric, plan.base.train.epochs), []
+    for one in plan.runs(run):
+        rows = read_rows(run_folder(one) / "metrics.jsonl")
+        gathered += [folds.epoch(row) for row in rows]
+        if not rows or rows[-1]["step"] < plan.base.train.epochs:
+            break
+        folds.end(rows[-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "metrics.jsonl", [row | {"step": int(row["epoch"])} for row in gathered])
 
 
 def end_child(sink: MLflowSink, outcome: Outcome, error: str) -> None:
@@ -64,26 +84,36 @@ def is_recorded(plan: Plan, done: Result) -> bool:
     if not plan.base.tracking.mlflow:
         return True
     uri = resolve_uri(plan.base.tracking)
-    ends: dict[Path, Status] = {plan.folder: "FINISHED", Path(done.run_folder): "FINISHED"}
+    ends: dict[Path, Status] = {
+        folder: "FINISHED" for folder in (plan.folder, Path(done.run_folder)) if folder.exists()
+    }
     for row in done.rows:
         if row.state in OUTCOMES:
             run = plan.trial(row.number, row.point, row.seed)
-            ends[Path(run.runs_dir).resolve() / run_name(run)] = ENDS[OUTCOMES[row.state]]
-    return all(has_all(folder, uri, end) for folder, end in ends.items() if folder.exists())
+            if _has_begun(plan, run):
+                ends[_folder(run)] = ENDS[OUTCOMES[row.state]]
+    return all(has_all(folder, uri, end) for folder, end in ends.items())
+
+
+def _has_begun(plan: Plan, run: RunConfig) -> bool:
+    """Whether a trial has left anything; one that failed at once has nothing to show."""
+    return any(_folder(one).exists() for one in (run, *plan.runs(run)))
+
+
+def _folder(run: RunConfig) -> Path:
+    """As `meamtm.training.run.run_folder` has it, without torch."""
+    return Path(run.runs_dir).resolve() / run_name(run)
 
 
 def send_trials(plan: Plan, study: "Study", parent: MLflowSink, tags: Mapping[str, str]) -> None:
     """Sends what MLflow has not taken of trials that have ended; one that is still away costs a warning."""
-    from meamtm.training.run import absolute, run_folder
-
     for trial in ended(study):
         outcome = OUTCOMES[trial.state.name]
-        run = absolute(plan.trial(trial.number, point_of(trial), seed_of(trial)))
-        folder = run_folder(run)
-        if not folder.exists() or has_all(folder, parent.uri, ENDS[outcome]):
+        run = plan.trial(trial.number, point_of(trial), seed_of(trial))
+        if not _has_begun(plan, run) or has_all(_folder(run), parent.uri, ENDS[outcome]):
             continue
         try:
-            sink = start_child(parent, trial, run, tags, from_step=plan.num_epochs)
+            sink = start_child(plan, parent, trial, tags, from_step=plan.num_epochs)
         except ServiceError as error:
             warn_of_rest(run.name, error)
             return

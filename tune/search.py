@@ -21,7 +21,7 @@ from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.run import absolute, run_folder
 from tune.folds import Folds
-from tune.history import OUTCOMES, failed, judge, open_storage, point_of, repeat_of, seed_of
+from tune.history import OUTCOMES, failed, judge, open_storage, point_of, repeat_of, seed_of, waiting_repeats
 from tune.limits import excess
 from tune.plan import Plan
 from tune.space import encode
@@ -126,6 +126,10 @@ class TruthfulSearch(OptunaSearch):
         # Randomness comes from the seed and the trial's number alone. One generator for all trials would begin again
         # in a resumed study and suggest its first trials a second time.
         self.study.sampler = make_sampler(self.plan, len(self.study.get_trials(deepcopy=False)))
+        if (repeat := next(iter(waiting_repeats(self.study)), None)) is not None:
+            # Optuna would take the lowest number, which may be a trial that a time budget left in line.
+            self.study._storage.set_trial_state_values(repeat._trial_id, TrialState.RUNNING)
+            return optuna.Trial(self.study, repeat._trial_id)
         return self.study.ask()
 
     def _catch_up(self, trial: optuna.Trial, runs: Sequence[RunConfig]) -> None:

@@ -17,7 +17,6 @@ from meamtm.training.lock import held
 from tune.history import (
     choose,
     enqueue_finalists,
-    num_waiting_repeats,
     open_study,
     point_of,
     repeats,
@@ -25,6 +24,7 @@ from tune.history import (
     rows,
     trained,
     value_of,
+    waiting_repeats,
 )
 from tune.interrupt import interruptible
 from tune.plan import Plan
@@ -82,9 +82,9 @@ def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mappi
         tell(f"{plan.name}: {missing} of {plan.config.trials} trials to go")
         from tune.driver import run_trials
 
-        run_trials(plan, parent, tags, tell, missing + num_waiting_repeats(study))  # which an earlier command left
+        run_trials(plan, parent, tags, tell, missing + len(waiting_repeats(study)))  # which an earlier command left
     enqueue_finalists(study, plan)
-    if (num_repeats := num_waiting_repeats(study)) > 0:
+    if (num_repeats := len(waiting_repeats(study))) > 0:
         tell(f"{plan.name}: the best trials train again with other seeds, {num_repeats} runs")
         from tune.driver import run_trials
 

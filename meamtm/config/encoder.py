@@ -65,7 +65,7 @@ class EncoderConfig(Section):
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the head")
     drop_path: float = Field(
-        default=0.1, ge=0, lt=1, description="stochastic depth, growing up to this in the last block"
+        default=0.1, ge=0, lt=1, description="stochastic depth, from none in the first block up to this in the last"
     )
     patchout: float = Field(default=0.0, ge=0, lt=1, description="fraction of patches left out of each training step")
     patchout_time: float = Field(default=0.0, ge=0, lt=1, description="fraction of columns left out, before patchout")

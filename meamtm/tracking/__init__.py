@@ -10,7 +10,7 @@ from meamtm.tracking.figures import confusion_figure, curves_figure, folds_figur
 from meamtm.tracking.memo import has_all, run_id_in, warn_of_rest
 from meamtm.tracking.mlflow_sink import MLflowSink
 from meamtm.tracking.server import finish_orphans, hide_password, how_to_open, resolve_uri
-from meamtm.tracking.sink import JsonLines, Listener, Metrics, Sink, Sinks, Status, append_row, read_rows
+from meamtm.tracking.sink import JsonLines, Listener, Metrics, Sink, Sinks, Status, append_row, read_rows, write_rows
 
 __all__ = [
     "JsonLines",
@@ -36,6 +36,7 @@ __all__ = [
     "resolve_uri",
     "run_id_in",
     "warn_of_rest",
+    "write_rows",
 ]
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -123,16 +123,13 @@ class JsonLines:
         """Keeps the whole lines of steps up to `from_step` (0: none) and appends from there."""
         del params, tags  # the run's config.yaml holds them
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(self.path) if from_step > 0 and line["step"] <= from_step]
-        scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        scratch.replace(self.path)
+        write_rows(self.path, [row for row in read_rows(self.path) if from_step > 0 and row["step"] <= from_step])
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Appends a line and hands it to the operating system at once, so that a crash loses nothing."""
         assert self._file is not None, "start comes before log"
-        self._file.write(_line(metrics, step))
+        self._file.write(_line(_now(metrics, step)))
         self._file.flush()
 
     def artifact(self, path: Path, folder: str = "") -> None:
@@ -156,15 +153,25 @@ def read_rows(path: Path) -> list[dict[str, float | int]]:
     return [{key: math.nan if value is None else value for key, value in line.items()} for line in _whole_lines(path)]
 
 
+def write_rows(path: Path, rows: Iterable[Metrics]) -> None:
+    """Writes a metrics file, whole or not at all, of rows as `read_rows` gives them."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+    scratch.replace(path)
+
+
 def append_row(path: Path, metrics: Metrics, step: int) -> None:
     """Adds a line to a metrics file that nobody keeps open; it is written at once, and whole."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(_line(metrics, step))
+        file.write(_line(_now(metrics, step)))
 
 
-def _line(metrics: Metrics, step: int) -> str:
-    values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    return json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
+def _now(metrics: Metrics, step: int) -> dict[str, float | int]:
+    return {"step": step, "time": round(time.time(), 3), **metrics}
+
+
+def _line(row: Metrics) -> str:
+    return json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n"
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 the wish to stop the other. Files survive whoever wrote them; Ray loses the last reports of a worker that dies."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 from meamtm.tracking import Metrics, Sink, append_row, read_rows
 
@@ -27,7 +28,8 @@ def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
     """Tells the sinks what a run's workers report into its folder while the block runs.
 
     What workers reported after their driver died comes first. After a restart of workers epochs come again, with the
-    same numbers, and are left out."""
+    same numbers, and are left out. What a sink cannot take, as on a full disk, ends the block with its OSError, and the
+    reports stay for the next call."""
     reports, ended = folder / REPORTS, Event()
     known = read_rows(folder / "metrics.jsonl")
 
@@ -40,17 +42,17 @@ def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
             size_bytes = reports.stat().st_size
             for row in read_rows(reports):
                 if (step := int(row["step"])) > last:
-                    last = step
                     for sink in sinks:
                         sink.log({key: value for key, value in row.items() if key not in ("step", "time")}, step)
+                    last = step
 
-    thread = Thread(target=follow, name="reports of workers", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1, thread_name_prefix="reports of workers") as pool:
+        followed = pool.submit(follow)
+        try:
+            yield
+        finally:
+            ended.set()
+        followed.result()
     reports.unlink(missing_ok=True)
 
 
