@@ -155,13 +155,9 @@ def _check_booleans(model: type[BaseModel], flat: Mapping[str, Any]) -> None:
     """Refuses a true or false where a number belongs: Python takes them for 1 and 0, and YAML on and off for them."""
     for key, value in flatten(flat).items():
         field = _field(model, key)
-        has_boolean = any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value]))
-        if (
-            has_boolean
-            and field is not None
-            and _takes(field.annotation, int, float)
-            and not _takes(field.annotation, bool)
-        ):
+        if field is None or _takes(field.annotation, bool) or not _takes(field.annotation, int, float):
+            continue
+        if any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value])):
             raise ConfigError(
                 f"{key}={value!r}: is no number, and YAML reads on, off, yes and no so too; "
                 f"{key} is: {field.description} (default {field.default!r})"
@@ -175,12 +171,12 @@ def _takes(annotation: Any, *kinds: type) -> bool:
 def _explain(model: type[BaseModel], problem: Any) -> str:
     place, value = [str(part) for part in problem["loc"]], problem["input"]
     depths = [depth for depth in range(1, len(place) + 1) if _field(model, ".".join(place[:depth])) is not None]
-    field_key = ".".join(place[: depths[-1] if depths else 0])
-    key = ".".join(place)
+    depth = depths[-1] if depths else 0
+    field_key, key = ".".join(place[:depth]), ".".join(place)
     if (
-        depths and problem["type"] != "extra_forbidden"
-    ):  # where several types are tried, pydantic adds which: no part of a key
-        key = ".".join([field_key, *(part for part in place[depths[-1] :] if part.isdigit())])
+        depth and problem["type"] != "extra_forbidden"
+    ):  # what follows tells positions, and which of several types it was
+        key = ".".join([field_key, *(part for part in place[depth:] if part.isdigit())])
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(model), n=1, cutoff=0.4)
         return f"{key}={value!r}: no such key" + (f"; did you mean {near[0]}?" if near else "; see `meamtm show`")

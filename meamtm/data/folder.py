@@ -50,10 +50,12 @@ def _put(scratch: Path, out: Path) -> None:
 def _sweep(out: Path) -> None:
     """Removes what no living process holds: unfinished folders of this name, and replaced ones, of which the last comes
     back if its place is empty."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
+    name = glob.escape(out.name)
+    replaced = list(out.parent.glob(f".{name}.old-*"))
+    for left in [*out.parent.glob(f".{name}.part-*"), *replaced]:
         try:
             with _lock(left):
-                if left.name.startswith(f".{out.name}.old-") and not out.exists():
+                if left in replaced and not out.exists():
                     left.rename(out)
                 else:
                     shutil.rmtree(left)

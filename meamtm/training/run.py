@@ -84,9 +84,10 @@ def conclude(config: RunConfig, metrics: dict[str, float], sinks: Sinks) -> Outc
     checkpoint = newest(folder)
     assert checkpoint is not None, "training ends with a checkpoint"
     evaluation = evaluate(checkpoint, here=config) if _holds_out(config) else None
-    curves_figure(read_rows(folder / "metrics.jsonl"), folder / "curves.png")
     if evaluation is not None:
         sinks.log(evaluation.metrics, int(metrics["epoch"]))
+    curves_figure(read_rows(folder / "metrics.jsonl"), folder / "curves.png")
+    if evaluation is not None:
         record_evaluation(evaluation, folder / "test")
     _hand_over(folder, sinks)
     return Outcome(folder, checkpoint, metrics, evaluation)
