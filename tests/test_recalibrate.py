@@ -53,8 +53,13 @@ def test_as_many_ranks_as_trained_take_part(clips: Clips, packed: Path, cache_di
     config = tiny(packed, cache_dir, Path("runs"), {"train.batch_size": 16, "train.epoch_batches": 8})
     training_loader(config, clips, np.arange(17), world_size=12)
     model = AudioTransformer(config, len(clips.classes))
+    norm = model.encoder.patch_embed.stages[0][1]  # type: ignore[reportIndexIssue]
+    means = []
     for rank in range(12):
         recalibrate(model, config, clips, np.arange(17), rank=rank, world_size=12)
+        means.append(norm.running_mean.clone())
+    assert all(mean.abs().sum() > 0 for mean in means)
+    assert not torch.equal(means[0], means[1]), "each rank here, without the others, hears its share alone"
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
