@@ -66,6 +66,19 @@ def test_an_mp3_without_its_length_is_read_whole(mode: str) -> None:
     assert len(read_audio(sound + b"TAG" + bytes(125))[0]) == 6 * 44_100
 
 
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize("num_samples", [600, 1_200, 1_700, 2_400, 3_500, 4_700, 6_000, 9_000])
+def test_a_short_mp3_whose_last_frame_is_padding_is_no_cut_one(num_samples: int, mode: str) -> None:
+    assert len(read_audio(mp3(LOUD[:num_samples], mode))[0]) == num_samples
+
+
+def test_an_mp3_that_is_known_by_its_suffix_alone_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp3"
+    for before in (b"\xff", b"\xff\xe0", b"ID3\x04\x00\x00\x00\x00\x00\x0a" + bytes(400)):
+        path.write_bytes(before + mp3(LOUD, "CONSTANT"))
+        assert len(read_audio(path)[0]) == pytest.approx(44_100, abs=2_304)
+
+
 @pytest.mark.parametrize(
     "sound",
     [

@@ -47,7 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
 MEASURE = """
 import ctypes, gc, json, sys, threading, time
 import torch
-from meamtm.config import RunConfig, from_flat, override
+from meamtm.config import from_flat
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.step import make_learner, set_up_heap, train_step
@@ -117,7 +117,7 @@ def test_training_that_cannot_fit_is_refused_before_it_starts(packed: Path, cach
 def test_a_batch_of_several_passes_is_counted_whole(
     packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 80 training clips a batch holds 80, and where an epoch has eight passes 512."""
+    """Of 80 training clips a batch holds 80, and where an epoch has eight batches of several passes 512."""
     one, eight = (
         tiny(packed, cache_dir, tmp_path, {"train.batch_size": 512, "train.epoch_batches": num}) for num in (1, 8)
     )

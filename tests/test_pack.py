@@ -115,10 +115,12 @@ def test_sounds_of_other_kinds_are_listed_and_folders_without_sounds_told(
     source = class_folders(tmp_path / "in", ant=2, bee=2)
     (source / "bee" / "phone.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
     soundfile.write(source / "bee" / "old.aiff", np.full(100, 0.1), 8_000)
+    write_sound(source / "bee" / "converted.wav")
+    (source / "bee" / "converted.m4a").write_bytes(b"its original")
     (source / "papers").mkdir()
     (source / "papers" / "licence.txt").write_text("free")
     card = pack(source, tmp_path / "out")
-    assert (card.classes, card.num_clips, card.num_rejected) == (("ant", "bee"), 5, 1)
+    assert (card.classes, card.num_clips, card.num_rejected) == (("ant", "bee"), 6, 1)
     assert "phone.m4a,cannot be decoded" in (tmp_path / "out" / "rejected.csv").read_text()
     assert "papers: holds no sound, so no class is called papers" in caplog.text
 
@@ -339,8 +341,13 @@ def test_what_a_killed_pack_left_is_swept_up_by_the_next(tmp_path: Path) -> None
     (left / "clips-00000.parquet").write_bytes(bytes(10))
     pack(source, tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / ".out.old-0123abcd")
+    mine = [tmp_path / name for name in (".out.old-backup", ".out.old-1.part-0123abcd", ".out.part-mine")]
+    for folder in mine:
+        folder.mkdir()
     write_sound(source / "ant" / "more.wav")
     pack(source, tmp_path / "out")
+    for folder in mine:
+        folder.rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 

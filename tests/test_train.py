@@ -218,6 +218,7 @@ def test_relative_places_are_resolved_where_the_run_begins(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     config = absolute(override(RunConfig(), {"data.cache_dir": "waves", "data.path": "sounds", "runs_dir": "~/runs"}))
     assert config.data.cache_dir == str(tmp_path / "waves")
+    assert absolute(RunConfig()).data.cache_dir == "~/.cache/meamtm", "each node and user has its own"
     assert config.data.path == str(tmp_path / "sounds")
     assert config.runs_dir == str(Path.home() / "runs")
 

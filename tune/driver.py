@@ -87,8 +87,7 @@ def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder, num_tria
 def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
     """ASHA in the first fold and a race after each, or neither where cheap trials are sought too.
 
-    ASHA remembers the trials of earlier drivers, those that go on included, so that a resumed study judges as an
-    uninterrupted one."""
+    ASHA remembers the trials of earlier drivers, and judges no epoch twice of those that go on."""
     if plan.config.cost is not None:
         return FIFOScheduler()
     if plan.grace_epochs is None:

@@ -125,7 +125,6 @@ def load_plan(path: str | Path, words: Sequence[str] = ()) -> Plan:
     base = load(config.base, config.set) if config.base is not None else from_flat(config.set)
     plan = Plan(config, base, Space(config.space))
     _check_folds(plan)
-    _check_kept_epoch(plan)
     _check_keys(plan)
     _check_conditions(plan)
     _check_corners(plan)
@@ -172,15 +171,6 @@ def _check_folds(plan: Plan) -> None:
         raise ConfigError(
             f"inner_folds={list(folds)} holds data.test_fold={data.test_fold}, so choices would be made on the test; "
             "take it out"
-        )
-
-
-def _check_kept_epoch(plan: Plan) -> None:
-    searched = plan.space.ranges.get("train.keep")
-    if plan.base.train.keep == "best" or (searched is not None and searched.contains("best")):
-        raise ConfigError(
-            "train.keep=best: a study trains its best trial again on the validation clips too, so nothing is left to "
-            "choose its epoch; set train.keep=last"
         )
 
 

@@ -174,6 +174,13 @@ def _check_data(plan: Plan) -> dict[str, str]:
             f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has a split of its own, so folds decide "
             "nothing; leave inner_folds out, and the valid clips of that split choose"
         )
+    searched = plan.space.ranges.get("train.keep")
+    keeps_best = base.train.keep == "best" or (searched is not None and searched.contains("best"))
+    if keeps_best and not clips.has_split:
+        raise ConfigError(
+            "train.keep=best: a study trains its best trial again on the validation clips too, so nothing is left to "
+            "choose its epoch; set train.keep=last"
+        )
     for run in plan.runs(base):
         if len(check_split(run, clips).valid) > 0:
             continue

@@ -57,15 +57,18 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """Returns the configuration with some dotted keys changed, checked as a whole.
 
     A preset that is asked for anew replaces what it fixes, where no change says otherwise."""
-    flat, changes = flatten(config), flatten(changes)
-    if (preset := changes.get("encoder.preset")) != flat["encoder.preset"]:
-        flat = {key: value for key, value in flat.items() if key not in preset_keys(preset)}
-    return from_flat(flat | changes)
+    return from_flat(_changed(flatten(config), flatten(changes)))
 
 
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> RunConfig:
     """Reads a YAML file of differences from the defaults (nested or dotted) and applies further ones."""
-    return from_flat(flatten(read_yaml(path)) | flatten(changes or {}))
+    return from_flat(_changed(flatten(read_yaml(path)), flatten(changes or {})))
+
+
+def _changed(flat: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    preset = changes.get("encoder.preset", flat.get("encoder.preset"))
+    fixed = preset_keys(preset) if preset != flat.get("encoder.preset") else frozenset()
+    return {key: value for key, value in flat.items() if key not in fixed} | dict(changes)
 
 
 def differences(config: RunConfig, base: RunConfig | None = None) -> dict[str, Value]:

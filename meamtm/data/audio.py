@@ -9,7 +9,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ LARGEST_BYTES = 1 << 31
 """Arrow counts the bytes of a value in 32 bits."""
 REST_OF_MP3 = 0.05
 """Share of an MP3's bytes that may follow what was decoded."""
+LARGEST_FRAME_BYTES = 1_441
+"""Of an MP3: 320 kbit/s at 32 kHz."""
 STREAMED_BYTES = 0x7FFF_F000
 """A WAV header that declares this much or more was written before its length was known."""
 
@@ -97,16 +99,12 @@ def to_int16(waveform: Float32[np.ndarray, " time"]) -> Int16[np.ndarray, " time
 def _decoding(source: Path | bytes) -> Iterator[soundfile.SoundFile]:
     """Opens a sound file to be read to its end; what libsndfile cannot do with it is a DataError."""
     try:
-        with _opened(source) as raw:
-            is_mp3 = _begins_mp3(raw.read(3))
-            raw.seek(0)
-            # libsndfile opens others itself: it would call Python for each 8 KB of a WAV, which takes a third longer.
-            with soundfile.SoundFile(str(source) if isinstance(source, Path) and not is_mp3 else raw) as file:
-                if file.samplerate < LEAST_HZ:
-                    raise DataError(f"sampled at {file.samplerate} Hz; a sound has {LEAST_HZ} or more")
-                yield file
-                if file.format == "MP3":
-                    _check_rest(file, raw)
+        with _opened(source) as raw, _sound(source, raw) as file:
+            if file.samplerate < LEAST_HZ:
+                raise DataError(f"sampled at {file.samplerate} Hz; a sound has {LEAST_HZ} or more")
+            yield file
+            if file.format == "MP3" and file.name is raw:
+                _check_rest(file, raw)
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
         reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
         raise DataError(f"cannot be decoded: {reason.strip().rstrip('.')}") from error
@@ -122,6 +120,25 @@ def _opened(source: Path | bytes) -> io.BufferedReader | io.BytesIO:
         return source.open("rb")
     except OSError as error:
         raise DataError(f"cannot be opened: {error.strerror}") from error
+
+
+def _sound(source: Path | bytes, raw: io.BufferedReader | io.BytesIO) -> soundfile.SoundFile:
+    """Opens an MP3 so that Python sees how far it is read.
+
+    Other files libsndfile opens by itself, since it would call Python for each 8 KB of a WAV, which takes a third
+    longer; and so it does with an MP3 that it knows by its suffix alone, for what comes before the first frame.
+    """
+    if isinstance(source, bytes):
+        return soundfile.SoundFile(raw)
+    try:
+        beginning = raw.read(3)
+        raw.seek(0)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from error
+    if _begins_mp3(beginning):
+        with suppress(soundfile.LibsndfileError):
+            return soundfile.SoundFile(raw)
+    return soundfile.SoundFile(str(source))
 
 
 def _begins_mp3(beginning: bytes) -> bool:
@@ -174,10 +191,10 @@ def _check_rest(file: soundfile.SoundFile, raw: io.BufferedReader | io.BytesIO) 
 
     It ends after the first of two that were joined, and too early where the bit rate varies, no header tells the
     length and the first frame, by which it is guessed, is larger than most. Of a constant rate the guess is 1 % too
-    short at most.
+    short at most, and a last frame of nothing but padding is never read.
     """
     num_read, beginning, size_bytes = raw.tell(), raw.read(3), raw.seek(0, os.SEEK_END)
-    if _begins_mp3(beginning) and size_bytes - num_read > REST_OF_MP3 * size_bytes:
+    if _begins_mp3(beginning) and size_bytes - num_read > max(REST_OF_MP3 * size_bytes, 2 * LARGEST_FRAME_BYTES):
         percent = 100 * (size_bytes - num_read) // size_bytes
         raise DataError(
             f"its header ends it after {file.frames} samples, and {percent} % of its bytes come after them; "

@@ -17,7 +17,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Everything is on the disk before the name changes. A folder that has the name already is replaced, so the caller
     makes sure first that it may be. What a killed process left of an earlier attempt is removed.
     """
-    out = out.resolve()  # a link stays one, and what it leads to is replaced
+    out = Path(os.path.realpath(out))  # a link stays one, and what it leads to is replaced
     out.parent.mkdir(parents=True, exist_ok=True)
     _sweep(out)
     scratch = _beside(out, "part")
@@ -36,7 +36,7 @@ def _put(scratch: Path, out: Path) -> None:
         scratch.rename(out)
     else:
         old = _beside(out, "old")
-        with _lock(out):
+        with _lock(out, wait=True):  # another process may just have put its own there
             out.rename(old)
             try:
                 scratch.rename(out)
@@ -50,9 +50,11 @@ def _put(scratch: Path, out: Path) -> None:
 def _sweep(out: Path) -> None:
     """Removes what no living process holds: unfinished folders of this name, and replaced ones, of which the last comes
     back if its place is empty."""
-    name = glob.escape(out.name)
-    replaced = list(out.parent.glob(f".{name}.old-*"))
-    for left in [*out.parent.glob(f".{name}.part-*"), *replaced]:
+    unfinished, replaced = (
+        list(out.parent.glob(f".{glob.escape(out.name)}.{kind}-{8 * '[0-9a-f]'}")) for kind in ("part", "old")
+    )
+    replaced.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for left in [*unfinished, *replaced]:
         try:
             with _lock(left):
                 if left in replaced and not out.exists():
@@ -64,11 +66,11 @@ def _sweep(out: Path) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Holds a folder for as long as this process lives; OSError when another one does."""
+def _lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds a folder for as long as this process lives; OSError when another one does, unless it is waited for."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)

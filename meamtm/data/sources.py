@@ -201,8 +201,12 @@ def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
 
 
 def find_sounds(folder: Path) -> list[Path]:
-    """Files below a folder whose names are those of sounds, in order."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES + OTHER_AUDIO_SUFFIXES)
+    """Files below a folder whose names are those of sounds, in order, without originals beside their conversions."""
+    paths = list(folder.rglob("*"))
+    found = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
+    converted = {path.with_suffix("") for path in found}
+    others = [path for path in paths if path.suffix.lower() in OTHER_AUDIO_SUFFIXES]
+    return sorted([*found, *(path for path in others if path.with_suffix("") not in converted)])
 
 
 def _sorted_labels(entries: Sequence[Entry]) -> tuple[str, ...]:

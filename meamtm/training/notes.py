@@ -28,8 +28,8 @@ def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
     """Tells the sinks what a run's workers report into its folder while the block runs.
 
     What workers reported after their driver died comes first. After a restart of workers epochs come again, with the
-    same numbers, and are left out. What a sink cannot take, as on a full disk, ends the block with its OSError, and the
-    reports stay for the next call."""
+    same numbers, and are left out. What a sink cannot take, as on a full disk, is an OSError once the block ends, and
+    the reports stay for the next call."""
     reports, ended = folder / REPORTS, Event()
     known = read_rows(folder / "metrics.jsonl")
 

@@ -213,10 +213,9 @@ def tags(config: RunConfig) -> dict[str, str]:
 
 def absolute(config: RunConfig) -> RunConfig:
     """Resolves every relative path against the current folder, since Ray's workers live in others."""
-    changes: dict[str, str] = {
-        "runs_dir": str(Path(config.runs_dir).expanduser().resolve()),
-        "data.cache_dir": str(Path(config.data.cache_dir).expanduser().resolve()),
-    }
+    changes: dict[str, str] = {"runs_dir": str(Path(config.runs_dir).expanduser().resolve())}
+    if not config.data.cache_dir.startswith("~"):  # which is each node's and each user's own
+        changes["data.cache_dir"] = str(Path(config.data.cache_dir).resolve())
     if "://" not in config.data.path:
         changes["data.path"] = str(Path(config.data.path).expanduser().resolve())
     if (path := config.encoder.pretrained_path) is not None:  # not resolved: a link's target may have no suffix
