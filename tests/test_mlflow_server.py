@@ -194,7 +194,7 @@ def test_run_that_ended_while_the_server_was_away_is_sent_by_the_same_command(
         wait_for_rows(folder, 3)
         server.kill()
         deadline_s = time.monotonic() + 60
-        while not (folder / "curves.png").exists():  # the last thing that a run makes
+        while not (folder / "test" / "metrics.json").exists():  # the last thing that a run makes
             assert time.monotonic() < deadline_s
             time.sleep(0.1)
     finally:

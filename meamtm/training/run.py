@@ -198,7 +198,9 @@ def record_evaluation(evaluation: Evaluation, folder: Path) -> None:
     if evaluation.confusion is not None:
         confusion_figure(evaluation.confusion, evaluation.classes, folder / "confusion.png")
         per_class_table(evaluation.confusion, evaluation.classes, folder / "per_class.csv")
-    (folder / "metrics.json").write_text(json.dumps(evaluation.metrics, indent=1))
+    scratch = folder / ".metrics.json.part"
+    scratch.write_text(json.dumps(evaluation.metrics, indent=1))
+    scratch.replace(folder / "metrics.json")
 
 
 def tags(config: RunConfig) -> dict[str, str]:
