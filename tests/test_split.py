@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from meamtm.config import DataConfig
 from meamtm.data.clips import Clips
-from meamtm.data.sources import Entry, assign_folds
+from meamtm.data.folds import assign_folds
+from meamtm.data.sources import Entry
 from meamtm.data.split import split_clips
 from meamtm.errors import DataError
 

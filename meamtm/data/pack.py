@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 
 from meamtm.data.audio import num_cores, to_flac
 from meamtm.data.folder import whole_folder
+from meamtm.data.folds import assign_folds
 from meamtm.data.packed import CARD, Card, read_card
 from meamtm.data.shards import Shards, Sound
-from meamtm.data.sources import Entry, Source, assign_folds, file_status, find_clips
+from meamtm.data.sources import Entry, Source, file_status, find_clips
 from meamtm.errors import DataError
 
 __all__ = ["Card", "pack", "read_card"]
