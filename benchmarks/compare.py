@@ -44,11 +44,11 @@ WITHOUT: dict[str, dict[str, Value]] = {
     "stem": {"encoder.stem": "patch"},
 }
 """What takes each ingredient out of a recipe."""
-NEEDED: dict[str, dict[str, Value]] = {
+ABSENT_WITH: dict[str, dict[str, Value]] = {
     "mixing-end": {"mix.kind": "none"},
     "recalibration": {"encoder.stem": "patch"},
 }
-"""Ingredients that are none where a recipe has this already: nothing is mixed, or there is no batch norm."""
+"""Keys with which an ingredient is absent already: nothing is mixed, or there is no batch norm."""
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
 def ablated(recipe: RunConfig, names: list[str]) -> dict[str, RunConfig]:
     """Takes one ingredient after the other out of a recipe, of those that it has."""
     flat = flatten(recipe)
-    absent = {name for name, keys in NEEDED.items() if keys.items() <= flat.items()}
+    absent = {name for name, keys in ABSENT_WITH.items() if keys.items() <= flat.items()}
     if recipe.optim.name != "muon":
         absent.add("muon")
     found = {f"without {name}": override(recipe, WITHOUT[name]) for name in names if name not in absent}
