@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from mlflow_points import Points, points_of
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
+from rich.console import Console
 from scipy.stats import binomtest
 from test_tune_study import call, cluster, command, recorded, study, wait_for, write_study  # noqa: F401
 
-from meamtm.config import RunConfig
+from meamtm.config import RunConfig, load
 from meamtm.errors import ConfigError
 from meamtm.model.cost import cost
 from meamtm.tracking import read_rows
@@ -32,7 +33,8 @@ from tune.folds import Folds
 from tune.history import choose, enqueue_finalists, open_study, point_of, repeat_of, repeats, seed_of, settle, trained
 from tune.plan import Plan, load_plan
 from tune.race import luck
-from tune.result import read_result
+from tune.report import summary, write_report
+from tune.result import Row, pareto_front, read_result
 from tune.runs import is_recorded
 from tune.search import TruthfulSearch
 from tune.study import run_study
@@ -318,6 +320,38 @@ def test_a_study_of_two_objectives_finds_the_best_for_each_cost(cluster, study: 
         assert row.cost == cost(plan.trial(row.number, row.point)).num_macs
     assert (plan.folder / "report" / "pareto.png").stat().st_size > 5_000
     assert result.best_row.value == max(row.value or 0 for row in result.rows)
+    front = pareto_front(result.rows, "max")
+    console = Console(width=160, record=True)
+    console.print(summary(result))
+    shown = console.export_text()
+    for row in front:
+        file = plan.folder / "report" / f"pareto-trial-{row.number}.yaml"
+        assert file.name in shown
+        assert load(file) == plan.chosen(row.point), "ready for meamtm train"
+    assert len(list((plan.folder / "report").glob("pareto-trial-*.yaml"))) == len(front)
+    page = (plan.folder / "report" / "interactive.html").read_text()
+    assert "Pareto-front Plot" in page
+
+
+@pytest.mark.parametrize(("mode", "numbers"), [("max", [1, 3, 5, 6]), ("min", [6])])
+def test_the_pareto_front_is_what_no_cheaper_trial_equals(mode: str, numbers: list[int]) -> None:
+    points = [(0.9, 40.0), (0.9, 30.0), (0.7, 50.0), (0.8, 20.0), (0.5, 20.0), (0.4, 5.0), (0.3, 1.0), (0.3, 1.0)]
+    trials = [Row(number, "COMPLETE", value, 1, 1.0, {}, None, price) for number, (value, price) in enumerate(points)]
+    again = Row(8, "COMPLETE", 1.0, 1, 1.0, {}, None, 0.5, repeats=1, seed=1)
+    stopped = Row(9, "PRUNED", 1.0, 1, 1.0, {}, None)
+    assert [row.number for row in pareto_front([*trials, again, stopped], mode)] == numbers
+
+
+def test_a_report_forgets_configurations_that_left_the_front(study: Path) -> None:  # noqa: F811
+    plan = load_plan(study, ["objective=[valid/accuracy,macs]"])
+    optuna_study = open_study(plan)
+    for values, expected in (((0.8, 2e6), {0}), ((0.7, 1e6), {0, 1}), ((0.9, 1e6), {2})):
+        trial = optuna_study.ask()
+        plan.space(trial)
+        optuna_study.tell(trial, values)
+        write_report(plan, optuna_study)
+        left = {int(path.stem.rsplit("-", 1)[1]) for path in (plan.folder / "report").glob("pareto-trial-*.yaml")}
+        assert left == expected
 
 
 def test_finalists_of_two_objectives_lie_on_the_front(study: Path) -> None:  # noqa: F811

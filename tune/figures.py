@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tune.result import Row
+from tune.result import Row, pareto_front
 from tune.space import Range, encode
 
 if TYPE_CHECKING:
@@ -53,15 +53,13 @@ def slice_figure(rows: Sequence[Row], key: str, searched: Range, objective: str,
 def pareto_figure(rows: Sequence[Row], objective: str, mode: str, cost: str, path: Path) -> Path:
     """Draws the objective against cost, and the trials that no cheaper one equals."""
     figure, axes = _figure()
-    ended = sorted((row.cost, row.value, row.number) for row in rows if row.cost is not None and row.value is not None)
-    costs, values, numbers = np.array(ended).reshape(-1, 3).T
-    axes.plot(costs, values, "o", color="0.65", label="trials")
-    best = (np.maximum if mode == "max" else np.minimum).accumulate(values)
-    front = np.flatnonzero(np.diff(best, prepend=-np.inf if mode == "max" else np.inf))
-    axes.step(costs[front], values[front], "o-", where="post", color="C0", label="Pareto front")
-    for place in front:
-        at = (costs[place], values[place])
-        axes.annotate(f"{numbers[place]:.0f}", at, (3, 3), textcoords="offset points", fontsize=7)
+    ended = [(row.cost, row.value) for row in rows if row.cost is not None and row.value is not None]
+    axes.plot(*np.array(ended).reshape(-1, 2).T, "o", color="0.65", label="trials")
+    front = pareto_front(rows, mode)[::-1]  # the cheapest first
+    at = np.array([(row.cost, row.value) for row in front]).reshape(-1, 2)
+    axes.step(*at.T, "o-", where="post", color="C0", label="Pareto front")
+    for row, place in zip(front, at, strict=True):
+        axes.annotate(str(row.number), tuple(place), (3, 3), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
     axes.set_xlabel({"macs": "multiply-adds of a clip", "params": "parameters", "tokens": "tokens"}[cost])
     axes.set_ylabel(objective)

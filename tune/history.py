@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from meamtm.config import Value
 from tune.plan import Plan
-from tune.result import Row
+from tune.result import Row, pareto_front
 from tune.space import decode
 
 if TYPE_CHECKING:
@@ -215,14 +215,9 @@ def repeats(study: "Study", number: int) -> list[float]:
 
 def _finalists(study: "Study", plan: Plan) -> "list[FrozenTrial]":
     """Who may be chosen, best first: all, or with a cost those that no cheaper one equals."""
-    trials = [trial for trial in ranked(study, plan.config.mode) if trial.state.name == "COMPLETE"]
-    if plan.config.cost is None:
-        return trials
-    front: "list[FrozenTrial]" = []
-    for trial in trials:
-        if all(trial.values[1] < better.values[1] for better in front):
-            front.append(trial)
-    return front
+    if plan.config.cost is not None:
+        return [study.trials[row.number] for row in pareto_front(rows(study), plan.config.mode)]
+    return [trial for trial in ranked(study, plan.config.mode) if trial.state.name == "COMPLETE"]
 
 
 def value_of(trial: "FrozenTrial") -> float | None:

@@ -17,9 +17,9 @@ FEWEST_TRIALS = 2
 
 
 def write_page(plan: Plan, study: "Study", keys: Sequence[str], path: Path) -> Path | None:
-    """Writes Optuna's parallel coordinates of some keys, and slices and ranks, of the trials that trained to their end,
-    where there are any to compare."""
-    from optuna.visualization import plot_parallel_coordinate, plot_rank, plot_slice
+    """Writes Optuna's parallel coordinates of some keys, slices, ranks, and with a cost the Pareto front, of the trials
+    that trained to their end, where there are any to compare."""
+    from optuna.visualization import plot_parallel_coordinate, plot_pareto_front, plot_rank, plot_slice
 
     trials = search_alone(study)
     if len(trials.trials) < FEWEST_TRIALS:
@@ -29,6 +29,8 @@ def write_page(plan: Plan, study: "Study", keys: Sequence[str], path: Path) -> P
     figures = [plot_parallel_coordinate(trials, params=there, **shown), plot_slice(trials, **shown)]
     if {RATE, DEPTH} <= plan.space.ranges.keys():
         figures.append(plot_rank(trials, params=[RATE, DEPTH], **shown))
+    if plan.config.cost is not None:
+        figures.append(plot_pareto_front(trials, target_names=plan.metrics))
     parts = [figure.to_html(full_html=False, include_plotlyjs=not number) for number, figure in enumerate(figures)]
     head = f'<!doctype html><meta charset="utf-8"><title>{plan.name}</title>'
     path.write_text("\n".join([head, f"<h1>{plan.name}</h1>", *parts]), encoding="utf-8")

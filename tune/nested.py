@@ -14,10 +14,9 @@ from meamtm.crossval import CrossValidation, evaluate_runs, find_folds
 from meamtm.distributed import Heard
 from meamtm.errors import ConfigError, DataError
 from meamtm.training.run import absolute
-from tune.history import open_study
 from tune.plan import Plan, load_plan
 from tune.result import Result
-from tune.study import Tell, best_config, run_study
+from tune.study import Tell, run_study
 
 CHOICES = "choices.csv"
 
@@ -35,7 +34,7 @@ class Nested:
         found = {}
         for step in range(num_seeds):
             for fold, plan in self.plans.items():
-                best = absolute(best_config(plan, open_study(plan).trials[results[fold].best]))
+                best = absolute(plan.chosen(results[fold].best_row.point))
                 seed = best.train.seed + step
                 found[fold, seed] = override(best, {"train.seed": seed})
         return found

@@ -93,6 +93,10 @@ class Plan:
         place = {"name": f"trial-{number:04d}", "runs_dir": str(self.folder / "trials")}
         return override(self.base, {**point, **place} | ({} if seed is None else {"train.seed": seed}))
 
+    def chosen(self, point: Mapping[str, Value]) -> RunConfig:
+        """What a trial becomes once it is chosen: the same, to be trained on train + validation."""
+        return override(self.base, {**point, "name": f"{self.config.name}-best", "data.valid_fold": None})
+
     def runs(self, trial: RunConfig) -> tuple[RunConfig, ...]:
         """What a trial trains, one after the other: itself, or a run for each inner fold."""
         if not self.config.inner_folds:

@@ -11,11 +11,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from meamtm.config import Value
+from meamtm.config import Value, differences, write_yaml
 from meamtm.errors import ConfigError
 from tune.history import open_study, rows, stages
 from tune.plan import Plan
-from tune.result import Result, Row
+from tune.result import Result, Row, pareto_front
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -41,6 +41,7 @@ def report(plan: Plan) -> "RenderableType":
     files = write_report(plan, study)
     return Group(
         trials_table(rows(study), plan.config.metric),
+        *_front_table(rows(study), plan.config.metric, plan.config.mode),
         *_finalists_table(rows(study), plan.config.metric),
         *(_importance_table(stage, at) for stage, at in stages(study, plan).items()),
         Text(f"{len(files)} files in {plan.folder / 'report'}"),
@@ -61,8 +62,10 @@ def summary(result: Result) -> "RenderableType":
     places = Table(title="where", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, place in _places(result).items():
         places.add_row(name, Text(place, overflow="fold"))
+    trials = trials_table(result.rows, result.objective, result.best)
+    front = _front_table(result.rows, result.objective, result.mode)
     finalists = _finalists_table(result.rows, result.objective, result.best)
-    return Group(trials_table(result.rows, result.objective, result.best), *finalists, Text(), found, Text(), places)
+    return Group(trials, *front, *finalists, Text(), found, Text(), places)
 
 
 def _places(result: Result) -> dict[str, str]:
@@ -96,6 +99,23 @@ def trials_table(trials: Sequence[Row], objective: str, best: int | None = None)
         style = "bold green" if row.number == best else "red" if row.state == "FAIL" else ""
         table.add_row(*map(_number, cells), style=style)
     return table
+
+
+def _front_table(trials: Sequence[Row], objective: str, mode: str) -> "list[RenderableType]":
+    """The Pareto front, what each of its trials gives away, and where its configuration lies."""
+    front = pareto_front(trials, mode)
+    if not front:
+        return []
+    table = Table(title="Pareto front", title_justify="left", header_style="bold", padding=(0, 1))
+    for name in ("trial", objective, "behind", "cost", "of the best's"):
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("configuration, in report")
+    best = front[0]
+    for row in front:
+        behind = f"{abs((row.value or 0.0) - (best.value or 0.0)):.3g}"
+        cells = [row.number, row.value, behind, f"{row.cost:.3g}", f"{(row.cost or 0.0) / (best.cost or 1.0):.0%}"]
+        table.add_row(*map(_number, cells), _front_file(row.number))
+    return [Text(), table]
 
 
 def _finalists_table(trials: Sequence[Row], objective: str, best: int | None = None) -> "list[RenderableType]":
@@ -194,6 +214,7 @@ def write_report(plan: Plan, study: "Study") -> list[Path]:
         files.append(page)
     if plan.config.cost is not None:
         files.append(pareto_figure(trials, objective, plan.config.mode, plan.config.cost, folder / "pareto.png"))
+        files += _write_front(plan, trials, folder)
     if shares:
         files.append(importance_figure(shares, folder / "importances.png"))
     return files
@@ -213,6 +234,27 @@ def _importance_table(stage: str, compared: "Study") -> "RenderableType":
         bars = (f"{found[key]:.2f} {'█' * round(20 * found[key])}" if key in found else "" for found in shares.values())
         table.add_row(key, *bars)
     return table
+
+
+def _write_front(plan: Plan, trials: Sequence[Row], folder: Path) -> list[Path]:
+    """Writes a configuration for each trial of the Pareto front, since what is cheap enough is the user's choice."""
+    for path in folder.glob(_front_file("*")):
+        path.unlink()  # of an earlier report, whose front this is no more
+    files = []
+    for row in pareto_front(trials, plan.config.mode):
+        path = folder / _front_file(row.number)
+        place = f"{plan.config.studies_dir}/{plan.name}/{folder.name}/{path.name}"
+        found = (
+            f"{plan.name}, trial {row.number}: {plan.config.metric} {row.value:.4f}, {row.cost:.4g} {plan.config.cost}"
+        )
+        write_yaml(path, differences(plan.chosen(row.point)), f"meamtm train {place}\n{found}")
+        files.append(path)
+    return files
+
+
+def _front_file(number: int | str) -> str:
+    """Name of the configuration of a trial on the Pareto front."""
+    return f"pareto-trial-{number}.yaml"
 
 
 def _write_csv(trials: Sequence[Row], plan: Plan, path: Path) -> Path:

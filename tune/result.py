@@ -1,6 +1,7 @@
 """What a finished study found <-> result.json in its folder, so that a second command only has to read."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ class Result:
     mlflow_run_id: str | None
     finalists: int = 1
     finalist_seeds: int = 2
+    mode: str = "max"
 
     def covers(self, config: StudyConfig) -> bool:
         """Whether nothing is left to do for a study of so many trials and finalists."""
@@ -62,6 +64,17 @@ class Result:
     def best_row(self) -> Row:
         """The best trial."""
         return next(row for row in self.rows if row.number == self.best)
+
+
+def pareto_front(rows: Sequence[Row], mode: str) -> list[Row]:
+    """Trials of the search that no cheaper one equals, best first; of equals the cheapest."""
+    sign = 1 if mode == "max" else -1
+    ended = [(-sign * row.value, row.cost, row) for row in rows if row.value is not None and row.cost is not None]
+    front: list[Row] = []
+    for _, cost, row in sorted(ended, key=lambda each: (*each[:2], each[2].number)):
+        if row.repeats is None and all(cost < (better.cost or 0.0) for better in front):
+            front.append(row)
+    return front
 
 
 def read_result(plan: Plan) -> Result | None:

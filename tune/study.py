@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meamtm.config import RunConfig, differences, override, write_yaml
+from meamtm.config import differences, write_yaml
 from meamtm.errors import ConfigError, MeamtmError
 from meamtm.tracking import Listener, warn_of_rest
 from meamtm.training.lock import held
@@ -33,7 +33,6 @@ from tune.runs import is_recorded, send_trials
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.trial import FrozenTrial
 
     from meamtm.tracking import MLflowSink
 
@@ -54,12 +53,6 @@ def run_study(plan: Plan, tell: Tell) -> Result:
         tags = _check_data(plan)
         with held(plan.folder):
             return _run(plan, tags, tell)
-
-
-def best_config(plan: Plan, trial: "FrozenTrial") -> RunConfig:
-    """The best trial's run, to be trained on train + validation."""
-    ended = {"name": f"{plan.config.name}-best", "data.valid_fold": None}
-    return override(plan.base, {**point_of(trial), **ended})
 
 
 def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
@@ -103,7 +96,7 @@ def _complete_record(plan: Plan, done: Result) -> None:
                 assert parent is not None, "nothing is missing where MLflow is not wanted"
                 _record(plan, study, done, parent, tags)
             if Path(done.run_folder).exists():
-                send_rest(absolute(best_config(plan, study.trials[done.best])))
+                send_rest(absolute(plan.chosen(done.best_row.point)))
     except MeamtmError as error:
         warn_of_rest(plan.name, error)
 
@@ -115,7 +108,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
     trial = choose(study, plan)
     if trial is None:
         raise ConfigError(f"{plan.name}: no trial has measured {plan.config.metric}; raise time_budget_s or trials")
-    config = best_config(plan, trial)
+    config = plan.chosen(point_of(trial))
     found = f"{plan.name}, trial {trial.number}: {plan.config.metric} {value_of(trial):.4f}"
     if again := repeats(study, trial.number):
         found += f", {statistics.fmean(again):.4f} with other seeds"
@@ -138,6 +131,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
         mlflow_run_id=parent.run_id if parent else None,
         finalists=plan.config.finalists,
         finalist_seeds=plan.config.finalist_seeds,
+        mode=plan.config.mode,
     )
     write_report(plan, study)
     return result
