@@ -50,6 +50,7 @@ def ours(encoder: dict[str, Any], backend: str = "fft", precision: str = "bf16",
                 "data": {"clip_s": CLIP_SAMPLES / RATE_HZ},
                 "mel": FRONT_END | {"backend": backend},
                 "encoder": encoder,
+                "optim": {"name": "adamw", "lr": 1e-5},  # theirs
                 "train": {"precision": precision, "batch_size": case["batch"], "epochs": 1_000, **train},
             }
         )

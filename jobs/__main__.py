@@ -49,10 +49,10 @@ def submit(
     job_id = client.submit(cluster, submission)
     _say(f"submitted {job_id} to {hide_password(submission.address)}")
     if no_wait:
-        _say(f"follow it: python -m jobs logs {job_id} --follow")
+        _say(f"follow it: {same_cluster('logs', job_id, submission.address)} --follow")
         typer.echo(job_id)
     else:
-        _follow(cluster, job_id)
+        _follow(cluster, job_id, submission.address)
 
 
 @app.command()
@@ -71,10 +71,11 @@ def logs(
 ) -> None:
     """Print a job's log."""
     from jobs import submit as client
+    from jobs.spec import find_address
 
     cluster = _cluster(address)
     if follow:
-        _follow(cluster, job_id)
+        _follow(cluster, job_id, find_address(address))
     else:
         _write(client.log(cluster, job_id))
 
@@ -118,17 +119,27 @@ def _cluster(address: str | None) -> "Cluster":
     return connect(find_address(address))
 
 
-def _follow(cluster: "Cluster", job_id: str) -> None:
+def _follow(cluster: "Cluster", job_id: str, address: str) -> None:
     from jobs import submit as client
 
     try:
         info = client.follow(cluster, job_id, _write)
     except KeyboardInterrupt:
         _say(
-            f"\n{job_id} goes on; python -m jobs logs {job_id} --follow shows it, python -m jobs stop {job_id} ends it"
+            f"\n{job_id} goes on; {same_cluster('logs', job_id, address)} --follow shows it, "
+            f"{same_cluster('stop', job_id, address)} ends it"
         )
         raise typer.Exit(1) from None
     _end(info, log_is_shown=True)
+
+
+def same_cluster(verb: str, job_id: str, address: str) -> str:
+    """Writes a command for a job that finds the cluster as this one did."""
+    from jobs.spec import find_address
+    from meamtm.tracking import hide_password
+
+    there = "" if address == find_address() else f" --address {hide_password(address)}"
+    return f"python -m jobs {verb} {job_id}{there}"
 
 
 def _end(info: "JobDetails", log_is_shown: bool = False) -> None:

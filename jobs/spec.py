@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from meamtm.config import RunConfig, Section, TrackingConfig, build, flatten, load, parse_changes, read_yaml
+from meamtm.config import Folder, RunConfig, Section, TrackingConfig, build, flatten, load, parse_changes, read_yaml
 from meamtm.errors import ConfigError
 from meamtm.tracking import hide_password, resolve_uri
 from tune.plan import load_plan
@@ -60,7 +60,7 @@ class JobConfig(Section):
     changes: tuple[str, ...] = Field((), description="KEY=VALUE words for the run or the study")
     seeds: int = Field(1, ge=1, description="crossval, nested: runs of each fold")
     source: str | None = Field(None, description="pack: folder of sounds")
-    out: str | None = Field(None, description="pack: folder of the packed data set")
+    out: Folder | None = Field(None, description="pack: folder of the packed data set")
     manifest: str | None = Field(None, description="pack: CSV of paths and labels")
     address: str | None = Field(
         None, description=f"Ray's dashboard; null: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if http, then {DEFAULT_ADDRESS}"
@@ -248,8 +248,8 @@ def _there(key: str, path: str, home: str | None) -> str:
         return path
     if home is None:
         raise ConfigError(
-            f"{key}={path} is relative, and the cluster does not see this folder; "
-            f"give an absolute path or URI that its nodes see, or set home"
+            f"{key}={path} is relative, and the cluster does not see this folder; give an absolute path "
+            f"{'or URI ' if key in ('data.path', 'source') else ''}that its nodes see, or set home"
         )
     return str(PurePosixPath(home) / path)
 

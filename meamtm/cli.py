@@ -169,7 +169,9 @@ def train(
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option(help="another data set with the same classes")] = None,
-    fold: Annotated[int | None, typer.Option(help="another fold than the one held out")] = None,
+    fold: Annotated[
+        int | None, typer.Option(help="another fold that did not train it, such as data.valid_fold")
+    ] = None,
 ) -> None:
     """Test a checkpoint on the fold that it never saw, or on other data."""
     from meamtm.training.evaluate import evaluate as test
@@ -213,7 +215,9 @@ def predict(
     classes = saved.labels.classes
     if out is not None:
         write_csv(out, classes, answers)
-        typer.echo(f"{len(answers)} files: {out}")
+        num_heard = sum(answer.values is not None for answer in answers)
+        unheard = f" ({len(answers) - num_heard} could not be heard, and are listed with the reason)"
+        typer.echo(f"{num_heard} files{unheard if num_heard < len(answers) else ''}: {out}")
         return
     print_answers(answers, classes)
 

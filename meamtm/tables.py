@@ -46,7 +46,8 @@ def print_crossval(result: "CrossValidation") -> None:
         _print_per_class(np.array(result.confusion), result.classes)
     figures = result.figures()
     mean, std, std_of_seeds = (figures[f"crossval/{result.score}_{kind}"] for kind in ("mean", "std", "std_of_seeds"))
-    typer.echo(f"test {result.score} {mean:.4f} ± {std:.4f} over {len(result.rows)} runs")
+    spread = f" ± {std:.4f} over {len(result.rows)} runs" if len(result.rows) > 1 else ", of one run"
+    typer.echo(f"test {result.score} {mean:.4f}{spread}")
     if len(means) > 1:
         typer.echo(f"a seed's mean over the folds varies by ± {std_of_seeds:.4f}")
     typer.echo(f"folder      {result.folder}")
@@ -64,6 +65,7 @@ def print_evaluation(evaluation: "Evaluation") -> None:
 def print_answers(answers: "Sequence[Answer]", classes: Sequence[str]) -> None:
     """Prints each file's class and the next best one, or why it could not be heard."""
     table = Table("file", "class", "probability", "next")
+    table.columns[0].overflow = "fold"
     for answer in answers:
         if answer.values is None:
             table.add_row(str(answer.path), answer.problem, "", "", style="dim")

@@ -246,6 +246,21 @@ def test_silence_mixes_without_harm() -> None:
         assert mixed.abs().max() < 10
 
 
+@given(seed=seeds)
+@settings(max_examples=25, deadline=None)
+def test_beside_silence_a_clip_is_left_alone(seed: int) -> None:
+    """Given the loudness of silence it would be gone, and its label would stay."""
+    waveform = noise(4)
+    waveform[[0, 2]] = 0
+    mixed, target = mix(waveform, torch.eye(4), mixing(kind="between_class"), generator(seed))
+    for heard, label in zip(mixed, target, strict=True):
+        clip = int(label.argmax())
+        if label[clip] == 1 and clip in (1, 3):
+            assert torch.equal(heard, waveform[clip])
+        else:
+            assert set(label.nonzero().flatten().tolist()) in ({0, 2}, {1, 3}), "two that sound, or two that do not"
+
+
 @pytest.mark.parametrize(("until", "num_mixed"), [(0.0, 0), (0.5, 2), (0.6, 3), (1.0, 4)])
 def test_the_last_epochs_hear_clips_alone(
     until: float, num_mixed: int, clips: Clips, packed: Path, cache_dir: Path

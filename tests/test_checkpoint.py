@@ -88,6 +88,15 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert torch.equal(state["model"]["encoder.positions.grid"], model(1).state_dict()["encoder.positions.grid"])
 
 
+def test_a_model_in_use_needs_no_training_state(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    (folder / "train_state.pt").unlink()
+    assert load_model(folder).folder == load_model(tmp_path).folder == folder
+    with pytest.raises(CheckpointError, match=r"train_state\.pt is missing or damaged"):
+        read_record(folder)
+    assert newest(tmp_path) is None, "no run goes on from it"
+
+
 def test_its_config_is_complete(tmp_path: Path) -> None:
     """So that later versions with other defaults read the same run."""
     text = (write(tmp_path) / "config.yaml").read_text()
@@ -169,11 +178,15 @@ def test_damage_to_any_file_is_seen_and_the_one_before_is_used(
     before, damaged = write(tmp_path, (1, 0)), write(tmp_path, (2, 0))
     DAMAGE[damage](damaged / name)
     message = f"{damaged}: {name} is missing or damaged; use another checkpoint of the run"
-    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
-        load_model(damaged)
     with caplog.at_level(logging.WARNING):
         assert newest(tmp_path) == before
     assert caplog.messages == [f"{message}; the one before is used"]
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        read_record(damaged)
+    if (name, damage) == ("train_state.pt", "missing"):
+        return  # a model in use may lack it
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        load_model(damaged)
     assert load_model(tmp_path).folder == before
 
 

@@ -177,8 +177,10 @@ def test_evaluate_gives_what_train_gave(world: World) -> None:
         assert found.out.splitlines() == world.train.out.splitlines()[:-2]
 
 
-def test_evaluate_takes_another_fold_or_other_data(world: World, packed: Path) -> None:
-    assert meamtm_command("evaluate", world.run_folder, "--fold", 2).out.startswith("test on fold 2: 10 clips, ")
+def test_evaluate_takes_other_data_and_no_fold_that_trained(world: World, packed: Path) -> None:
+    refused = meamtm_command("evaluate", world.run_folder, "--fold", 2)
+    assert (refused.code, refused.out) == (2, "")
+    assert "--fold=2: 10 of its 10 clips trained" in refused.err
     other = meamtm_command("evaluate", world.run_folder, "--data", packed)
     assert other.out.startswith("test on all clips: 100 clips, ")
     assert meamtm_command("evaluate", world.run_folder, "--data", packed, "--fold", 3).out.startswith(

@@ -568,6 +568,14 @@ def test_an_at_sign_in_a_path_is_no_password(tmp_path: Path) -> None:
         assert load(tmp_path / "run.yaml").data.path == kept
 
 
+@pytest.mark.parametrize("key", ["runs_dir", "data.cache_dir"])
+def test_what_is_written_goes_to_a_folder(key: str) -> None:
+    """Resolved, an address would become a folder of this name under the current one, which a job loses."""
+    with pytest.raises(ConfigError, match=f"^{key}='s3://bucket/x': files are written there, .* name a folder"):
+        override(RunConfig(), {key: "s3://bucket/x"})
+    assert override(RunConfig(), {"data.path": "s3://bucket/x"}).data.path == "s3://bucket/x"
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("# nothing differs\n")
     assert load(tmp_path / "run.yaml") == RunConfig()

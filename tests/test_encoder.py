@@ -83,10 +83,13 @@ def test_separate_positions_are_a_sum_of_rows_and_columns() -> None:
 
 
 def test_positions_and_tokens_lose_no_weight() -> None:
-    made = encoder(pool="cls_dist", positions="separate")
-    spared = made.no_weight_decay()
-    assert spared == {"cls_token", "reg_token", "positions.freq", "positions.time"}
-    assert spared <= {name for name, _ in made.named_parameters()}
+    spared, there = set(), set()
+    for pool in ("cls_dist", "attention"):
+        made = encoder(pool=pool, positions="separate")
+        spared |= made.no_weight_decay()
+        there |= {name for name, _ in made.named_parameters()}
+    assert spared == {"cls_token", "reg_token", "attn_pool.latent", "positions.freq", "positions.time"}
+    assert spared <= there
 
 
 def numbered(rows: int, columns: int, num_clips: int = 3) -> Tensor:

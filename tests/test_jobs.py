@@ -28,8 +28,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import Run
 
-from jobs.__main__ import main
-from jobs.spec import JobConfig, Submission, conceal, find_address, is_this_machine, load_job, make_word, prepare
+from jobs.__main__ import main, same_cluster
+from jobs.spec import (
+    DEFAULT_ADDRESS,
+    JobConfig,
+    Submission,
+    conceal,
+    find_address,
+    is_this_machine,
+    load_job,
+    make_word,
+    prepare,
+)
 from meamtm.config import build, parse_changes
 from meamtm.data.pack import read_card
 from meamtm.errors import ConfigError, ServiceError
@@ -277,6 +287,20 @@ def test_the_job_files_address_goes_before_the_environments(monkeypatch: pytest.
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://b:8265")
     assert find_address() == "http://b:8265"
     assert find_address("http://c:8265") == "http://c:8265"
+
+
+def test_a_printed_command_finds_the_same_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert same_cluster("logs", "j", DEFAULT_ADDRESS) == "python -m jobs logs j"
+    assert same_cluster("stop", "j", "http://head:8265") == "python -m jobs stop j --address http://head:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
+    assert same_cluster("stop", "j", "http://head:8265") == "python -m jobs stop j"
+
+
+def test_a_packed_set_is_written_to_a_folder() -> None:
+    with pytest.raises(ConfigError, match=r"out='s3://b/c': files are written there, .* is no folder; name a folder"):
+        job(kind="pack", source="a", out="s3://b/c")
 
 
 def test_a_loopback_address_is_this_machine() -> None:

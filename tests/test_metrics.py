@@ -76,8 +76,11 @@ def test_a_label_that_no_clip_has_counts_for_nothing() -> None:
     target = torch.nn.functional.pad(target, (0, 1))
     probability = torch.nn.functional.pad(probability, (0, 1), value=0.1)
     absent = scores(probability, target, multi_label=True)
-    assert absent["map"] == pytest.approx(scores(*several(0), multi_label=True)["map"])
+    asked = scores(*several(0), multi_label=True)
+    assert (absent["map"], absent["macro_f1"]) == pytest.approx((asked["map"], asked["macro_f1"]))
     assert np.isfinite(list(absent.values())).all()
+    wrongly_given = scores(probability.index_fill(1, torch.tensor([NUM_LABELS]), 0.9), target, multi_label=True)
+    assert wrongly_given["macro_f1"] == pytest.approx(asked["macro_f1"] * NUM_LABELS / (NUM_LABELS + 1))
 
 
 def test_rows_of_the_confusion_are_true_and_columns_are_named() -> None:

@@ -14,7 +14,7 @@ from meamtm.config import RunConfig, override
 from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
 from meamtm.data.synth import write_synth
-from meamtm.errors import CheckpointError, ConfigError, MeamtmError
+from meamtm.errors import CheckpointError, ConfigError, DataError, MeamtmError
 from meamtm.training.checkpoint import load_model, newest
 from meamtm.training.context import LocalContext, Stopped
 from meamtm.training.evaluate import evaluate
@@ -195,7 +195,27 @@ def test_the_test_fold_is_what_its_clips_say(packed: Path, cache_dir: Path, tmp_
     clips = open_clips(config.data, 8_000)
     assert set(evaluation.clip_ids) == {clips.ids[i] for i in range(len(clips)) if clips.folds[i] == 1}
     assert evaluation.confusion.sum() == len(evaluation.clip_ids)
-    assert evaluate(run_folder(config), fold=3).part == "fold 3"
+    assert evaluate(run_folder(config), fold=1).part == "fold 1"
+
+
+def test_a_single_clip_cannot_be_mixed(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    alone = tiny(packed, cache_dir, tmp_path, {"train.epochs": 1, "train.batch_size": 1})
+    with pytest.raises(ConfigError, match=r"train\.batch_size=1 .* mix\.kind=between_class mixes two .* to 2 or more"):
+        run_here(alone)
+    assert run_here(override(alone, {"mix.kind": "none"})).evaluation is not None
+
+
+@pytest.mark.parametrize(
+    ("held_out", "fold", "remedy"),
+    [((1, None), 3, "its own is 1"), ((1, 2), 3, "its own is 1 or 2"), ((None, None), 1, "none was held out")],
+)
+def test_clips_that_trained_a_model_are_no_test(  # noqa: PLR0917
+    packed: Path, cache_dir: Path, tmp_path: Path, held_out: tuple[int | None, int | None], fold: int, remedy: str
+) -> None:
+    changes = {"data.test_fold": held_out[0], "data.valid_fold": held_out[1], "train.epochs": 1}
+    run_here(config := tiny(packed, cache_dir, tmp_path, changes))
+    with pytest.raises(DataError, match=rf"--fold={fold}: \d+ of its \d+ clips trained .*{remedy}.*--data"):
+        evaluate(run_folder(config), fold=fold)
 
 
 def test_a_finished_run_whose_data_have_moved_is_done(packed: Path, cache_dir: Path, tmp_path: Path) -> None:

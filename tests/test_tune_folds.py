@@ -85,6 +85,20 @@ def test_what_was_copied_does_not_go_on_to_the_next_fold() -> None:
 # --- the race
 
 
+@pytest.mark.parametrize("objective", ["valid/macro_f1", "valid/loss"])
+def test_where_accuracy_is_not_compared_hits_end_nobody(study: Path, objective: str) -> None:  # noqa: F811
+    plan = load_plan(study, [*FOLDS, "asha.enabled=false", f"objective={objective}"])
+    search = TruthfulSearch(plan)
+    search.suggest("a")
+    end = {"epoch": 8, objective: 0.5, "hits": "1" * 40}
+    search.on_trial_result("a", end)
+    search.on_trial_complete("a", end)
+    scheduler, controller = make_scheduler(plan, open_study(plan)), Any
+    trial: Any = SimpleNamespace(trial_id="b", config={"number": search.study.ask().number, "is_repeat": False})
+    said = scheduler.on_trial_result(controller, trial, {"epoch": 4, objective: 0.4, "hits": "0" * 20})
+    assert said == TrialScheduler.CONTINUE
+
+
 @given(st.lists(st.sampled_from(["00", "01", "10", "11"]), max_size=60))
 def test_luck_is_the_exact_test_of_mcnemar(pairs: list[str]) -> None:
     mine, others = ("".join(pair[place] for pair in pairs) for place in (0, 1))
@@ -408,6 +422,8 @@ def test_a_finalist_that_a_time_budget_cuts_short_is_back_in_line(study: Path) -
         (["data.valid_fold=null", "inner_folds=[2,2]"], r"inner_folds=\[2, 2\] names fold 2 twice; name each once"),
         (["data.valid_fold=null", "inner_folds=[2,9]"], r"data\.valid_fold=9: .* has no such fold"),
         (["objective=[valid/accuracy,euros]"], r"objective.*'params', 'macs' or 'tokens'"),
+        (["objective=valid/acc"], r"objective.*'valid/accuracy', 'valid/macro_f1', 'valid/map' or 'valid/loss'"),
+        (["objective=valid/map"], r"objective=valid/map: clips of .* have one label each"),
         (["finalists=0"], r"finalists=0"),
     ],
 )

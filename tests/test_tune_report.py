@@ -50,17 +50,17 @@ def test_what_asha_ended_early_is_compared_where_all_trials_came(tmp_path: Path)
     assert "optim.step_gamma" not in importances(early[1])["fANOVA"], "some trials do not have it"
 
 
-@pytest.mark.parametrize("mode", ["max", "min"])
-def test_what_matters_is_what_the_best_have(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("objective", ["valid/accuracy", "valid/loss"])
+def test_what_matters_is_what_the_best_have(tmp_path: Path, objective: str) -> None:
     """Rates near 1e-3 are best and all others equally bad, so only the best tell that the rate matters."""
-    plan = make_plan(tmp_path, f"mode={mode}")
+    plan = make_plan(tmp_path, f"objective={objective}")
     study = open_study(plan)
     for number, (heads, lr) in enumerate(itertools.product((1, 2, 3, 4), np.geomspace(1e-4, 1e-2, 11))):
         study.enqueue_trial({"optim.schedule": "cosine", "encoder.heads": heads, "optim.lr": float(lr)})
         trial = study.ask()
         plan.space(trial)
         goodness = (1.0 if 9e-4 < lr < 1.1e-3 else 0.2) + 0.001 * (7 * number % 44)
-        study.tell(trial, goodness if mode == "max" else 1 - goodness)
+        study.tell(trial, goodness if objective == "valid/accuracy" else 1 - goodness)
     (at_the_end,) = stages(study, plan).values()
     assert next(iter(importances(at_the_end)["PED-ANOVA"])) == "optim.lr"
 

@@ -83,7 +83,13 @@ def test_the_study_has_one_identity_however_long_it_runs(path):
         "asha.reduction=2",
     ]
     assert {load_plan(path, [word]).signature for word in same} == {plan.signature}
-    other = ["seed=1", "train.epochs=6", "mode=min", "limits.max_params=9999999", "start=[{optim.lr: 1e-3}]"]
+    other = [
+        "seed=1",
+        "train.epochs=6",
+        "objective=valid/loss",
+        "limits.max_params=9999999",
+        "start=[{optim.lr: 1e-3}]",
+    ]
     changed = {load_plan(path, [word]).signature for word in other}
     changed.add(load_changed(path, "space.optim.lr={log_uniform: [1e-4, 2e-2]}").signature)
     assert len(changed | {plan.signature}) == 7

@@ -23,6 +23,7 @@ from mlflow_points import points_of
 from tiny import TINY
 
 from meamtm.config import load
+from meamtm.data.pack import pack
 from meamtm.errors import ConfigError
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
@@ -464,3 +465,15 @@ def test_a_finished_study_is_recognised_without_ray_or_optuna(study):
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
     assert "test/accuracy" in ran.stdout
+
+
+def test_accuracy_is_no_objective_where_clips_have_several_labels(
+    sounds: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    with (sounds / "synth.csv").open(encoding="utf-8") as table:
+        lines = [f"{row['filename']},{row['category']};any,{row['fold']}\n" for row in csv.DictReader(table)]
+    (tmp_path / "list.csv").write_text("path,label,fold\n" + "".join(lines))
+    pack(sounds / "audio", tmp_path / "several", tmp_path / "list.csv")
+    file = write_study(tmp_path, tmp_path / "several", cache_dir)
+    with pytest.raises(ConfigError, match=r"objective=valid/accuracy: .*; set objective=valid/map or valid/macro_f1"):
+        run_study(load_plan(file), lambda _: None)

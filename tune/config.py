@@ -5,11 +5,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from meamtm.config import Section, build, flatten
+from meamtm.config import Folder, Section, build, flatten
 from meamtm.errors import ConfigError
 from tune.space import Range, number, parse_ranges
 
+Metrics = Literal["valid/accuracy", "valid/macro_f1", "valid/map", "valid/loss"]
+"""`valid/map`, mean average precision, is there where clips have several labels."""
 Costs = Literal["params", "macs", "tokens"]
+ACCURACY: Metrics = "valid/accuracy"
+MAP: Metrics = "valid/map"
 
 
 class AshaConfig(Section):
@@ -27,7 +31,7 @@ class LimitsConfig(Section):
 
     max_params: int | None = Field(default=None, ge=1, description="trainable parameters; null: no limit")
     max_macs: float | None = Field(
-        default=None, gt=0, description="multiply-adds of one clip's forward pass; null: no limit"
+        default=None, gt=0, description="multiply-adds of one clip forward, without its spectrogram; null: no limit"
     )
     max_tokens: int | None = Field(default=None, ge=1, description="tokens that the encoder sees; null: no limit")
 
@@ -38,18 +42,16 @@ class StudyConfig(Section):
     name: str = Field(
         "study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the study folder's name"
     )
-    studies_dir: str = Field("studies", description="folder of all study folders")
+    studies_dir: Folder = Field("studies", description="folder of all study folders")
     base: str | None = Field(None, description="YAML file of the run that trials start from; null: the defaults")
     set: dict[str, Any] = Field({}, description="changes to the base run: dotted keys and values")
     space: dict[str, Range] = Field({}, description="searched keys: log_uniform, uniform, int or choice, and when")
     start: tuple[dict[str, Any], ...] = Field((), description="points to try first; keys left out are suggested")
-    objective: str | tuple[str, Costs] = Field(
-        "valid/accuracy",
-        min_length=1,
+    objective: Metrics | tuple[Metrics, Costs] = Field(
+        ACCURACY,
         description="metric of the last epoch that is compared; [metric, cost] seeks the best for each cost, "
         "which is params, macs or tokens, and ends no trial early",
     )
-    mode: Literal["max", "min"] = Field("max", description="whether more or less of the metric is better")
     inner_folds: tuple[int, ...] = Field(
         (), description="a trial trains for each of these, validates on it and is worth the mean; (): data.valid_fold"
     )
@@ -57,8 +59,8 @@ class StudyConfig(Section):
         0.1,
         ge=0,
         lt=1,
-        description="a trial ends after a fold if it names fewer clips right than the best one, by luck with this "
-        "probability at most (McNemar); 0: never",
+        description="where accuracy is compared, a trial ends after a fold if it names fewer clips right than the best "
+        "one, by luck with this probability at most (McNemar's, for two; the best of many was lucky itself); 0: never",
     )
     finalists: int = Field(
         1,
@@ -68,7 +70,7 @@ class StudyConfig(Section):
     )
     finalist_seeds: int = Field(2, ge=1, le=1000, description="seeds that each finalist trains again with")
     trials: int = Field(20, ge=1, le=100_000, description="trials in all, those of earlier commands included")
-    startup_trials: int = Field(8, ge=1, description="random trials before TPE begins to learn from them")
+    startup_trials: int = Field(8, ge=1, description="trials, start points among them, before TPE begins to learn")
     max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as the cluster holds")
     max_failed_trials: int = Field(3, ge=0, description="failed trials that a study survives")
     time_budget_s: float | None = Field(None, gt=0, description="seconds of searching per command; null: no limit")
@@ -77,9 +79,14 @@ class StudyConfig(Section):
     limits: LimitsConfig = LimitsConfig()
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> Metrics:
         """What is measured of a trial."""
         return self.objective if isinstance(self.objective, str) else self.objective[0]
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether more or less of it is better."""
+        return "min" if self.metric == "valid/loss" else "max"
 
     @property
     def cost(self) -> Costs | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.schedulers.async_hyperband import _Bracket
 
+from tune.config import ACCURACY
 from tune.history import ranked
 from tune.plan import Plan
 
@@ -43,6 +44,8 @@ class Race(TrialScheduler):
         return super().on_trial_result(tune_controller, trial, result)  # type: ignore[reportAbstractUsage]
 
     def _is_beaten(self, hits: str) -> bool:
+        if self._plan.config.metric != ACCURACY:
+            return False  # a better loss or F1 may come with fewer hits
         best = next(iter(ranked(self._study, self._plan.config.mode)), None)
         others = best.user_attrs.get("hits", "") if best is not None else ""
         return len(others) > len(hits) and luck(hits, others) < self._plan.config.race_p

@@ -14,6 +14,7 @@ from meamtm.config import differences, write_yaml
 from meamtm.errors import ConfigError, MeamtmError
 from meamtm.tracking import Listener, warn_of_rest
 from meamtm.training.lock import held
+from tune.config import ACCURACY, MAP
 from tune.history import (
     choose,
     enqueue_finalists,
@@ -163,6 +164,16 @@ def _check_data(plan: Plan) -> dict[str, str]:
 
     base = absolute(plan.base)
     clips = open_clips(base.data, base.mel.sample_rate_hz)
+    if clips.multi_label and plan.config.metric == ACCURACY:
+        raise ConfigError(
+            f"objective={ACCURACY}: clips of {base.data.path} have several labels, and who hears none is right about "
+            "all that are absent; set objective=valid/map or valid/macro_f1"
+        )
+    if not clips.multi_label and plan.config.metric == MAP:
+        raise ConfigError(
+            f"objective={MAP}: clips of {base.data.path} have one label each, for which it is not computed; set "
+            f"objective={ACCURACY} or valid/macro_f1"
+        )
     if clips.has_split and plan.config.inner_folds:
         raise ConfigError(
             f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has a split of its own, so folds decide "

@@ -29,7 +29,7 @@ from meamtm.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
-from meamtm.config.section import Section
+from meamtm.config.section import Folder, Section
 from meamtm.config.yaml_text import read_yaml
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "AugmentConfig",
     "DataConfig",
     "EncoderConfig",
+    "Folder",
     "LossConfig",
     "MelConfig",
     "MixConfig",

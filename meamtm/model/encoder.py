@@ -86,8 +86,9 @@ class Encoder(VisionTransformer):
         return self._listen(image, num_frames, num_read=None)
 
     def no_weight_decay(self) -> set[str]:
-        """Names what keeps its size: tokens and positions."""
-        return {"cls_token", "reg_token", *(f"positions.{name}" for name, _ in self.positions.named_parameters())}
+        """Names what keeps its size: tokens, the pooling one's too, and positions."""
+        positions = (f"positions.{name}" for name, _ in self.positions.named_parameters())
+        return {"cls_token", "reg_token", "attn_pool.latent", *positions}
 
     def _listen(self, image: Image, num_frames: Tensor | None, num_read: int | None) -> tuple[Read, Heard | None]:
         """Gives the first `num_read` of the last block's tokens, or all."""

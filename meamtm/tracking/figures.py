@@ -54,7 +54,8 @@ def confusion_figure(
 
 
 def per_class(matrix: Num[np.ndarray, "label label"], classes: Sequence[str]) -> list[dict[str, str | float]]:
-    """Gives precision, recall, F1 and support of each class, and their plain means as `macro`.
+    """Gives precision, recall, F1 and support of each class, and as `macro` their plain means over the classes that are
+    there, true or predicted.
 
     A class that was never predicted has precision 0, and one that never occurs recall 0."""
     right = np.diagonal(matrix).astype(float)
@@ -62,7 +63,8 @@ def per_class(matrix: Num[np.ndarray, "label label"], classes: Sequence[str]) ->
     precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)
     f1 = 2 * right / np.maximum(support + predicted, 1)
     scores = np.stack([precision, recall, f1, support], axis=1)  # (label, score)
-    last = [*scores[:, :3].mean(axis=0), support.sum()]
+    there = support + predicted > 0
+    last = [*scores[there, :3].mean(axis=0), support.sum()]
     return [
         {"class": name, **{key: round(float(value), 6) for key, value in zip(SCORES, values, strict=True)}}
         for name, values in zip([*classes, "macro"], [*scores, last], strict=True)

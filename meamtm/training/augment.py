@@ -16,6 +16,8 @@ Waveform = Float[Tensor, "batch time"]
 Target = Float[Tensor, "batch label"]
 SPEED_STEPS = 32
 """Playing speeds are n/32, half a semitone apart around 1; finer ones would cost time in proportion."""
+SILENCE = 1e-5
+"""Level below which nothing is heard: a third of the smallest step of 16 bits."""
 NOISE_RANGE_DB = 30.0
 """Added noise lies from `augment.noise_db` up to this far above it."""
 
@@ -31,15 +33,13 @@ def mix(waveform: Waveform, target: Target, config: MixConfig, generator: torch.
     if config.kind == "none" or len(waveform) < 2 or _uniform(1, 0, 1, generator).item() >= config.prob:
         return waveform, target
     shift = int(torch.randint(1, len(waveform), (1,), generator=generator).item())
-    other_target = target.roll(shift, 0)
     share = _beta(len(waveform), config.alpha, generator).to(waveform.device)
-    mixed_target = share[:, None] * target + (1 - share)[:, None] * other_target
-    if config.kind == "timemix":
-        return _replace_part(waveform, waveform.roll(shift, 0), share, generator), mixed_target
     weight, other_weight = share, 1 - share
     if config.kind == "between_class":
-        loudness = torch.linalg.vector_norm(waveform, dim=1).clamp_min(1e-6)
-        weight, other_weight = _loudness_weights(loudness, loudness.roll(shift), share)
+        share, weight, other_weight = _shares_by_loudness(waveform, shift, share)
+    mixed_target = share[:, None] * target + (1 - share)[:, None] * target.roll(shift, 0)
+    if config.kind == "timemix":
+        return _replace_part(waveform, waveform.roll(shift, 0), share, generator), mixed_target
     mixed = waveform * weight[:, None]
     mixed[shift:].addcmul_(waveform[:-shift], other_weight[shift:, None])  # in two parts, for want of a rolled copy
     mixed[:shift].addcmul_(waveform[-shift:], other_weight[:shift, None])
@@ -115,8 +115,24 @@ def _add_noise(waveform: Waveform, lowest_db: float, generator: torch.Generator)
     return torch.addcmul(waveform, noise, level[:, None])
 
 
+def _shares_by_loudness(waveform: Waveform, shift: int, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives each clip's share of the target, and the weights of it and of the other clip.
+
+    Beside a silent clip one is left alone: heard as loud as silence, nothing would be left of it."""
+    loudness = torch.linalg.vector_norm(waveform, dim=1)
+    silent = loudness < SILENCE * waveform.shape[1] ** 0.5
+    loudness = loudness.clamp_min(1e-6)
+    weight, other_weight = _loudness_weights(loudness, loudness.roll(shift), share)
+    other_silent = silent.roll(shift)
+    only_one, is_this = silent != other_silent, other_silent.to(share.dtype)
+    share, weight = torch.where(only_one, is_this, share), torch.where(only_one, is_this, weight)
+    return share, weight, torch.where(only_one, 1 - is_this, other_weight)
+
+
 def _loudness_weights(loudness: Tensor, other_loudness: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighs two clips so that they are heard in the shares `share` and 1 - share (Tokozume 2018, equation 2)."""
+    """Weighs two clips so that they are heard in the shares `share` and 1 - share (Tokozume 2018, equation 2).
+
+    Loudness is that of the whole window; theirs is the loudest short part's, weighed as an ear does (A)."""
     part = 1 / (1 + loudness / other_loudness * (1 - share) / share.clamp_min(1e-6))
     norm = torch.sqrt(part.square() + (1 - part).square())  # keeps the power of two unrelated sounds
     return part / norm, (1 - part) / norm

@@ -28,6 +28,8 @@ from meamtm.model.transformer import AudioTransformer
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
+STATE = "train_state.pt"
+"""What only training needs: three quarters of a checkpoint, which a model in use can do without."""
 RECORD = {"format", "epoch", "batch", "metrics", "files"}
 SCRATCH, SCRATCH_S = "meamtm-checkpoint-", 86_400.0
 NUM_KEPT = 2
@@ -74,7 +76,7 @@ def save(
         write_yaml(folder / "config.yaml", flatten(config))
         (folder / "labels.json").write_text(json.dumps(labels.__dict__, indent=1))
         save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
-        torch.save(dict(state), folder / "train_state.pt")
+        torch.save(dict(state), folder / STATE)
         files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
         record = {"format": FORMAT, "epoch": cursor[0], "batch": cursor[1], "metrics": dict(metrics), "files": files}
         (folder / "metrics.json").write_text(json.dumps(record, indent=1))
@@ -114,11 +116,11 @@ def publish(scratch: Path, run_folder: Path) -> Path:
     return final
 
 
-def newest(run_folder: Path) -> Path | None:
+def newest(run_folder: Path, *, to_train: bool = True) -> Path | None:
     """Names the newest complete checkpoint of a run; a damaged one is skipped with a warning."""
     for folder in _checkpoints(run_folder):
         try:
-            read_record(folder)
+            read_record(folder, to_train=to_train)
         except CheckpointError as error:
             logger.warning("%s; the one before is used", error)
             continue
@@ -126,8 +128,8 @@ def newest(run_folder: Path) -> Path | None:
     return None
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Reads metrics.json and checks every file against it."""
+def read_record(folder: Path, *, to_train: bool = True) -> dict[str, Any]:
+    """Reads metrics.json and checks every file against it; who is not going `to_train` needs no `train_state.pt`."""
     try:
         record = json.loads((folder / "metrics.json").read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -145,20 +147,23 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: metrics.json lacks {lacking}; use another checkpoint of the run")
     for name, digest in record["files"].items():
         path = folder / name
+        if name == STATE and not to_train and not path.exists():
+            continue
         if not path.is_file() or _digest(path) != digest:
             raise CheckpointError(f"{folder}: {name} is missing or damaged; use another checkpoint of the run")
     return record
 
 
 def load_model(folder: Path | str) -> Saved:
-    """Builds the model that a checkpoint describes; needs nothing else and runs no code from it.
+    """Builds the model that a checkpoint describes; needs nothing else, not even its training state, and runs no code
+    from it.
 
     A run folder stands for its newest checkpoint.
     """
     folder = Path(folder)
     if not (folder / "metrics.json").exists() and folder.is_dir():
-        folder = newest(folder) or folder
-    record = read_record(folder)
+        folder = newest(folder, to_train=False) or folder
+    record = read_record(folder, to_train=False)
     try:
         config = load(folder / "config.yaml")
         labels = read_labels(folder)
@@ -200,10 +205,10 @@ def load_weights(folder: Path, device: torch.device | None = None) -> dict[str, 
 def load_state(folder: Path) -> dict[str, Any]:
     """Reads the training state, as data only."""
     try:
-        return torch.load(folder / "train_state.pt", map_location="cpu", weights_only=True)
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(
-            f"{folder}: train_state.pt is damaged or holds more than data; use another checkpoint of the run"
+            f"{folder}: {STATE} is damaged or holds more than data; use another checkpoint of the run"
         ) from error
 
 

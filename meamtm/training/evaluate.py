@@ -49,11 +49,12 @@ class Evaluation:
 def evaluate(
     checkpoint: Path, data_path: str | None = None, fold: int | None = None, *, here: RunConfig | None = None
 ) -> Evaluation:
-    """Tests a checkpoint on its test fold, or on another fold or data set.
+    """Tests a checkpoint on its test fold, on its validation fold or on another data set.
 
-    Of a data set that it was not trained on, every clip is used unless a fold is named. Labels are in the checkpoint's
-    order, whatever the data set's is. `here` says where the run's data lie and what computes now, since a run may have
-    been moved after it was trained; without it the data lie where they did.
+    Raises DataError for a fold that it was trained on. Of a data set that it was not trained on, every clip is used
+    unless a fold is named. Labels are in the checkpoint's order, whatever the data set's is. `here` says where the
+    run's data lie and what computes now, since a run may have been moved after it was trained; without it the data lie
+    where they did.
     """
     saved = load_model(checkpoint)
     changes = {"scale.device": "auto"} if here is None else {key: flatten(here)[key] for key in OF_A_PLACE}
@@ -74,7 +75,9 @@ def evaluate(
     if len(indices) == 0 and clips.has_split:
         raise DataError(f"data.path={config.data.path}: no clip of its split is for testing; name other data by --data")
     if len(indices) == 0:
-        raise DataError(f"data.test_fold={config.data.test_fold}: no clip to test on; name a fold with --fold")
+        raise DataError(f"data.test_fold={config.data.test_fold}: no clip is held out; name other data by --data")
+    if fold is not None and card.digest == saved.labels.digest:
+        _check_unheard(saved, clips, indices, fold)
     model = saved.model.to(choose_device(config.scale))
     probability, target = classify(model, config, clips, indices)
     classes = saved.labels.classes
@@ -91,6 +94,18 @@ def evaluate(
         target=target.numpy(),
         confusion=None if clips.multi_label else confusion(probability, target).numpy(),
     )
+
+
+def _check_unheard(saved: Saved, clips: Clips, indices: NDArray[np.int64], fold: int) -> None:
+    """Refuses clips that trained the model, which it would name far better than any that it never heard."""
+    trained = split_clips(clips, saved.config.data).train
+    if (num_heard := len(np.intersect1d(indices, trained))) > 0:
+        held_out = [each for each in (saved.config.data.test_fold, saved.config.data.valid_fold) if each is not None]
+        remedy = f"its own is {' or '.join(map(str, held_out))}" if held_out else "none was held out"
+        raise DataError(
+            f"--fold={fold}: {num_heard} of its {len(indices)} clips trained {saved.folder}, so this would be no test; "
+            f"name a fold that it never heard ({remedy}), or other data by --data"
+        )
 
 
 def _check_data(saved: Saved, card: Card, path: str, *, is_given: bool) -> None:

@@ -14,6 +14,7 @@ from meamtm.config import RunConfig
 from meamtm.data.audio import FULL_SCALE
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Batch, Loader
+from meamtm.errors import ConfigError
 from meamtm.training.augment import augment_waveform, mix, spectrogram_mask
 
 
@@ -33,7 +34,7 @@ def training_loader(
     config: RunConfig, clips: Clips, indices: Int64[np.ndarray, " index"], *, rank: int = 0, world_size: int = 1
 ) -> Loader:
     """Deals a run's training clips; raises ConfigError or DataError where they do not go round."""
-    return Loader(
+    loader = Loader(
         clips,
         indices,
         config.clip_samples,
@@ -44,6 +45,13 @@ def training_loader(
         rank=rank,
         world_size=world_size,
     )
+    if config.mix.kind != "none" and config.mix.prob > 0 and config.train.batch_size < 2 * world_size:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} gives a worker one clip at a time, and "
+            f"mix.kind={config.mix.kind} mixes two of its own; raise train.batch_size to {2 * world_size} or more, "
+            "or set mix.kind=none"
+        )
+    return loader
 
 
 def training_batches(

@@ -17,6 +17,9 @@ from meamtm.model.precision import autocast
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.prepare import to_float
 
+FEWEST_CLIPS = 16
+"""Of a batch, whatever training's has: the mean of variances within batches lacks what clips differ by between them."""
+
 
 @torch.no_grad()
 def recalibrate(
@@ -35,7 +38,8 @@ def recalibrate(
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
-    num_batches = min(-(-len(indices) // config.train.batch_size), max(len(indices) // world_size, 1))
+    batch_size = max(config.train.batch_size, FEWEST_CLIPS)
+    num_batches = min(-(-len(indices) // batch_size), max(len(indices) // world_size, 1))
     num_samples, batch_size, seed = config.clip_samples, -(-len(indices) // num_batches), config.train.seed
     loader = Loader(clips, indices, num_samples, batch_size, seed=seed, train=True, rank=rank, world_size=world_size)
     was_training, momentum = model.training, norms[0].momentum
