@@ -104,6 +104,7 @@ def pack(
     strict: Annotated[bool, typer.Option("--strict", help="an unusable file is an error")] = False,
 ) -> None:
     """Pack labelled sounds into a data set of Parquet files."""
+    from meamtm.config import MelConfig
     from meamtm.data.pack import pack as pack_folder
 
     with counting("packing") as progress:
@@ -113,6 +114,11 @@ def pack(
     typer.echo(
         f"{card.num_clips} clips, {len(card.classes)} classes, {folds}, {card.total_s / 60:.1f} min{rejected}: {out}"
     )
+    if max(card.rates_hz) > (heard_hz := MelConfig().sample_rate_hz):
+        typer.echo(
+            f"recorded at up to {max(card.rates_hz):,} Hz; a model hears up to half of mel.sample_rate_hz, "
+            f"{heard_hz // 2:,} Hz unless you raise that"
+        )
 
 
 @app.command()

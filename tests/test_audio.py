@@ -179,6 +179,11 @@ def test_what_is_no_sound_file_is_refused(name: str, tmp_path: Path) -> None:
         read_audio(tmp_path / name)
 
 
+def test_a_path_of_windows_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^no such file; write / instead of \\$"):
+        read_audio(tmp_path / "wren\\a.wav")
+
+
 def test_a_streamed_wav_of_unknown_length_is_read() -> None:
     sound = bytearray(encoded(tone(8_000, 8_000), 8_000, "WAV"))
     at = sound.index(b"data")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import soundfile
 from command import Result, meamtm_command
 from tiny import TINY
 
@@ -59,6 +60,19 @@ def test_pack_says_what_it_packed(world: World) -> None:
     assert world.pack == (0, "50 clips, 10 classes, 5 folds, 0.4 min: packed\n", "")
     again = meamtm_command("pack", "sounds", "packed")
     assert (again.code, again.out) == (0, world.pack.out)
+
+
+def test_pack_says_what_a_model_will_not_hear(tmp_path: Path) -> None:
+    for label in ("wren", "owl"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        for number in range(2):
+            noise = np.random.default_rng(number).normal(0, 0.1, 4_410)
+            soundfile.write(tmp_path / "in" / label / f"{label}{number}.wav", noise, 44_100)
+    done = meamtm_command("pack", tmp_path / "in", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[1:] == [
+        "recorded at up to 44,100 Hz; a model hears up to half of mel.sample_rate_hz, 8,000 Hz unless you raise that"
+    ]
 
 
 def test_pack_names_what_it_rejected(world: World, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from meamtm.crossval import CrossValidation, cross_validate, crossval_folder, pl
 from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
 from meamtm.data.split import split_clips
+from meamtm.distributed import run_all
 from meamtm.errors import DataError, MeamtmError
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
@@ -142,6 +144,29 @@ def test_a_stop_saves_every_run_and_the_same_call_continues(
     assert min(rows, default=0) < 30
     parted = cross_validate(config, folds=[1, 2, 3])
     assert [row.metrics for row in parted.rows] == [row.metrics for row in whole.rows]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("is_named", [False, True])
+def test_one_run_alone_trains_on_the_cluster_that_is_named(  # noqa: PLR0917
+    cluster: None, packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_named: bool
+) -> None:
+    """As a study's last run does: a job's own process is on the head node, where no GPU may be."""
+    import ray
+
+    if is_named:
+        monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    config = tiny(packed, cache_dir, tmp_path, {"train.epochs": 300})
+    holders = set()
+
+    def look(_number: int, _metrics: object, _step: int) -> None:
+        with suppress(OSError):  # it has ended
+            holders.add(json.loads((run_folder(config) / ".holder.json").read_text())["pid"])
+
+    (outcome,) = run_all([config], look)
+    assert outcome.evaluation is not None
+    assert len(holders) == 1
+    assert (holders != {os.getpid()}) == is_named
 
 
 @pytest.mark.ray

@@ -403,7 +403,11 @@ def test_missing_files_are_quarantined_unless_all_are(tmp_path: Path) -> None:
     [
         ("path,label\na.wav,x\nb.wav,x\n", r"all clips have one class \(x\); label at least two classes"),
         ("path,label\n", "names no sound"),
-        ("path,kind\na.wav,x\n", "has no column label; it needs label,path"),
+        ("path,kind\na.wav,x\n", "has no column label; it needs label,path$"),
+        (
+            "path;label\na.wav;x\n",
+            "has no column label, path; it needs label,path, separated by commas and not by ';'$",
+        ),
         ("path,label\na.wav,\n", "line 2: label is empty"),
         ("path,label\na.wav\n", "line 2: label is empty"),
         ("path,label\na.wav, ; \n", "line 2: label is empty"),

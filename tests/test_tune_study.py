@@ -31,7 +31,7 @@ from meamtm.training.run import absolute, finished, run_folder
 from tune.__main__ import main
 from tune.driver import run_trials
 from tune.history import open_study, point_of
-from tune.interrupt import interruptible
+from tune.interrupt import interruptible, stop_asked
 from tune.plan import Plan, load_plan
 from tune.result import Result, read_result
 from tune.runs import is_recorded
@@ -393,6 +393,27 @@ def test_signals_interrupt_once(number):
     with pytest.raises(KeyboardInterrupt):
         interrupt_and_clean_up(number)
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_signal_asks_a_run_to_stop(number):
+    with interruptible():
+        inner = signal.getsignal(number)
+        with stop_asked() as should_stop:
+            assert not should_stop()
+            for _ in range(3):  # a terminal and a job server may both send one
+                signal.raise_signal(number)
+            assert should_stop()
+        assert signal.getsignal(number) == inner
+
+
+def test_a_signal_long_after_the_first_does_not_wait_for_the_run(monkeypatch):
+    monkeypatch.setattr("tune.interrupt.DEAF_S", 0.0)
+    with stop_asked() as should_stop:
+        signal.raise_signal(signal.SIGINT)
+        assert should_stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""SIGTERM and Ctrl-C -> KeyboardInterrupt, once: what ends the runs after it must not be interrupted itself."""
+"""SIGTERM and Ctrl-C -> KeyboardInterrupt, once: what ends the runs after it must not be interrupted itself. Or, while
+one run trains, a wish to stop, which it grants after its step."""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,15 +30,34 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _arm() -> None:
+@contextmanager
+def stop_asked() -> Iterator[Callable[[], bool]]:
+    """Yields what tells whether a signal has come; one that comes much later raises KeyboardInterrupt."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = [signal.getsignal(number) for number in SIGNALS]
+    _arm(asked)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _arm(asked: threading.Event | None = None) -> None:
     last_s = -DEAF_S
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         nonlocal last_s
         now_s = time.monotonic()
-        if now_s - last_s >= DEAF_S:
-            last_s = now_s
+        if now_s - last_s < DEAF_S:
+            return
+        last_s = now_s
+        if asked is None or asked.is_set():
             raise KeyboardInterrupt
+        asked.set()
 
     for number in SIGNALS:
         signal.signal(number, interrupt)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from meamtm.config import differences, write_yaml
 from meamtm.errors import ConfigError, MeamtmError
-from meamtm.tracking import Listener, warn_of_rest
+from meamtm.tracking import warn_of_rest
 from meamtm.training.lock import held
 from tune.config import ACCURACY, MAP
 from tune.history import (
@@ -27,7 +27,7 @@ from tune.history import (
     value_of,
     waiting_repeats,
 )
-from tune.interrupt import interruptible
+from tune.interrupt import interruptible, stop_asked
 from tune.plan import Plan
 from tune.result import Result, read_result, write_result
 from tune.runs import is_recorded, send_trials
@@ -35,7 +35,8 @@ from tune.runs import is_recorded, send_trials
 if TYPE_CHECKING:
     from optuna import Study
 
-    from meamtm.tracking import MLflowSink
+    from meamtm.distributed import Heard
+    from meamtm.tracking import Metrics, MLflowSink
 
 Tell = Callable[[str], None]
 
@@ -103,7 +104,7 @@ def _complete_record(plan: Plan, done: Result) -> None:
 
 
 def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tell) -> Result:
-    from meamtm.distributed import run
+    from meamtm.distributed import run_all
     from tune.report import write_report
 
     trial = choose(study, plan)
@@ -116,7 +117,8 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
     header = f"meamtm train {plan.config.studies_dir}/{plan.name}/best.yaml\n{found}"
     write_yaml(plan.folder / "best.yaml", differences(config), header)
     tell(f"trial {trial.number} is the best; it trains again, {_on_what(plan)}and is tested once")
-    outcome = run(config, [_epoch_lines(config.train.epochs, tell)])
+    with stop_asked() as should_stop:
+        (outcome,) = run_all([config], _epoch_lines(config.train.epochs, tell), should_stop)
     result = Result(
         study=plan.name,
         folder=str(plan.folder),
@@ -223,11 +225,11 @@ def _open_parent(plan: Plan, study: "Study", tags: Mapping[str, str]) -> "MLflow
     return parent
 
 
-def _epoch_lines(epochs: int, tell: Tell) -> Listener:
-    """A sink that tells the user about ten times how far a run is."""
+def _epoch_lines(epochs: int, tell: Tell) -> "Heard":
+    """Tells the user about ten times how far a run is."""
 
-    def show(metrics: Mapping[str, float | int], step: int) -> None:
-        if "train/loss" in metrics and (step == epochs or step % max(1, epochs // 10) == 0):
+    def show(_number: int, metrics: "Metrics", step: int) -> None:
+        if step == epochs or step % max(1, epochs // 10) == 0:
             tell(f"epoch {step}/{epochs}  train/loss {metrics['train/loss']:.4f}")
 
-    return Listener(show)
+    return show

@@ -181,7 +181,9 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     ):  # what follows tells positions, and which of several types it was
         key = ".".join([field_key, *(part for part in place[depth:] if part.isdigit())])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(model), n=1, cutoff=0.4)
+        there, last = known_keys(model), key.rpartition(".")[2]
+        near = [known for known in there if known.rpartition(".")[2] == last]  # in another section
+        near = near or difflib.get_close_matches(key, there, n=1, cutoff=0.4)
         return f"{key}={value!r}: no such key" + (f"; did you mean {near[0]}?" if near else "; see `meamtm show`")
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])

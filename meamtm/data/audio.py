@@ -116,7 +116,8 @@ def _opened(source: Path | bytes) -> io.BufferedReader | io.BytesIO:
         return io.BytesIO(source)
     try:
         if not source.is_file():
-            raise DataError("not a file" if source.exists() else "no such file")
+            hint = "; write / instead of \\" if "\\" in str(source) else ""
+            raise DataError("not a file" if source.exists() else f"no such file{hint}")
         return source.open("rb")
     except OSError as error:
         raise DataError(f"cannot be opened: {error.strerror}") from error

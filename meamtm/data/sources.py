@@ -191,8 +191,12 @@ def _read_table(table: Path, needed: set[str]) -> Iterator[tuple[int, dict[str, 
     """Yields the rows of a CSV with their line numbers."""
     if not table.is_file():
         raise DataError(f"--manifest={table}: no such file; name a CSV with the columns {','.join(sorted(needed))}")
-    if missing := needed - _header(table):
-        raise DataError(f"{table}: has no column {', '.join(sorted(missing))}; it needs {','.join(sorted(needed))}")
+    if missing := needed - (there := _header(table)):
+        other = next((mark for mark in ";\t|" if any(mark in name for name in there)), None)
+        hint = f", separated by commas and not by {other!r}" if other is not None else ""
+        raise DataError(
+            f"{table}: has no column {', '.join(sorted(missing))}; it needs {','.join(sorted(needed))}{hint}"
+        )
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)

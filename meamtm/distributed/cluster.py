@@ -28,7 +28,7 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address = named_address(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if address is not None:
         _check_answers(address)
@@ -47,6 +47,11 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
     for number, handler in handlers.items():  # Ray has put its own in the place of ours
         if callable(handler) and current_thread() is main_thread():
             signal.signal(number, handler)
+
+
+def named_address(address: str | None) -> str | None:
+    """Names the cluster that is wanted: `scale.address`, or RAY_ADDRESS, which every job has; None for this machine."""
+    return address or os.environ.get("RAY_ADDRESS") or None
 
 
 def disconnect() -> None:

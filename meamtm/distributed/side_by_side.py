@@ -7,7 +7,7 @@ from typing import Any
 
 from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, override
 from meamtm.data.packed import read_card
-from meamtm.distributed.cluster import check_resources, connect, uses_gpu
+from meamtm.distributed.cluster import check_resources, connect, named_address, uses_gpu
 from meamtm.distributed.workers import run
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Listener, Metrics, read_rows
@@ -28,13 +28,16 @@ def run_all(
 ) -> list[Outcome]:
     """Trains, tests and records every run; those that are done only read their record.
 
-    Runs with workers of their own follow one another. Raises the first error of a run after asking the others to save
-    and stop, or Stopped when asked to; the same call continues.
+    Runs with workers of their own follow one another. One run alone trains in this process, unless a cluster is named,
+    where this may be a job's process on a head node without GPU. Raises the first error of a run after asking the
+    others to save and stop, or Stopped when asked to; the same call continues.
     """
     configs = [absolute(config) for config in configs]
     outcomes = {number: done for number, config in enumerate(configs) if (done := recall(config)) is not None}
     todo = {number: config for number, config in enumerate(configs) if number not in outcomes}
-    if len(todo) == 1 or any(config.scale.most_workers > 0 for config in todo.values()):
+    has_workers = any(config.scale.most_workers > 0 for config in todo.values())
+    is_here = len(todo) == 1 and named_address(next(iter(todo.values())).scale.address) is None
+    if has_workers or is_here:
         for number, config in todo.items():
             outcomes[number] = _run_alone(number, config, heard, should_stop)
     elif todo:
