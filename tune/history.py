@@ -216,7 +216,8 @@ def repeats(study: "Study", number: int) -> list[float]:
 def _finalists(study: "Study", plan: Plan) -> "list[FrozenTrial]":
     """Who may be chosen, best first: all, or with a cost those that no cheaper one equals."""
     if plan.config.cost is not None:
-        return [study.trials[row.number] for row in pareto_front(rows(study), plan.config.mode)]
+        trials = study.trials
+        return [trials[row.number] for row in pareto_front(rows(study), plan.config.mode)]
     return [trial for trial in ranked(study, plan.config.mode) if trial.state.name == "COMPLETE"]
 
 
