@@ -112,9 +112,9 @@ def _deviation(shares: Sequence[float]) -> str:
 
 
 def minutes(folder: Path) -> float:
-    """Gives the time from the end of a run's first epoch to the end of its last; of one never interrupted."""
+    """Gives what a run's epochs take, the first one reckoned like the others; of a run never interrupted."""
     ends_s = [row["time"] for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
-    return (ends_s[-1] - ends_s[0]) / 60
+    return (ends_s[-1] - ends_s[0]) / max(len(ends_s) - 1, 1) * len(ends_s) / 60
 
 
 def show(results: dict[str, CrossValidation]) -> None:
