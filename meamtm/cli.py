@@ -114,6 +114,11 @@ def pack(
     typer.echo(
         f"{card.num_clips} clips, {len(card.classes)} classes, {folds}, {card.total_s / 60:.1f} min{rejected}: {out}"
     )
+    if card.folds and card.num_groups == card.num_clips:
+        typer.echo(
+            "each clip counts as a recording of its own; where several come from one, name it in a manifest's column "
+            "`group`, or folds will share it"
+        )
     if max(card.rates_hz) > (heard_hz := MelConfig().sample_rate_hz):
         typer.echo(
             f"recorded at up to {max(card.rates_hz):,} Hz; a model hears up to half of mel.sample_rate_hz, "

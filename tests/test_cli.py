@@ -24,6 +24,12 @@ from meamtm.data.packed import read_card
 from meamtm.training.checkpoint import load_model, newest
 
 
+NO_GROUPS = (
+    "each clip counts as a recording of its own; where several come from one, name it in a manifest's column `group`, or "
+    "folds will share it"
+)
+
+
 class World(NamedTuple):
     """A folder in which everything was done once, and what that printed."""
 
@@ -57,12 +63,12 @@ def test_synth_writes_the_built_in_sounds(world: World) -> None:
 
 
 def test_pack_says_what_it_packed(world: World) -> None:
-    assert world.pack == (0, "50 clips, 10 classes, 5 folds, 0.4 min: packed\n", "")
+    assert world.pack == (0, f"50 clips, 10 classes, 5 folds, 0.4 min: packed\n{NO_GROUPS}\n", "")
     again = meamtm_command("pack", "sounds", "packed")
     assert (again.code, again.out) == (0, world.pack.out)
 
 
-def test_pack_says_what_a_model_will_not_hear(tmp_path: Path) -> None:
+def test_pack_says_what_a_model_will_not_hear_and_what_folds_may_share(tmp_path: Path) -> None:
     for label in ("wren", "owl"):
         (tmp_path / "in" / label).mkdir(parents=True)
         for number in range(2):
@@ -71,7 +77,8 @@ def test_pack_says_what_a_model_will_not_hear(tmp_path: Path) -> None:
     done = meamtm_command("pack", tmp_path / "in", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[1:] == [
-        "recorded at up to 44,100 Hz; a model hears up to half of mel.sample_rate_hz, 8,000 Hz unless you raise that"
+        NO_GROUPS,
+        "recorded at up to 44,100 Hz; a model hears up to half of mel.sample_rate_hz, 8,000 Hz unless you raise that",
     ]
 
 
@@ -85,7 +92,7 @@ def test_pack_names_what_it_rejected(world: World, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
     done = meamtm_command("pack", tmp_path / "in", tmp_path / "out", "--manifest", tmp_path / "list.csv")
     assert done.code == 0
-    assert done.out.endswith(f"1 rejected (see {tmp_path / 'out' / 'rejected.csv'}): {tmp_path / 'out'}\n")
+    assert done.out.endswith(f"1 rejected (see {tmp_path / 'out' / 'rejected.csv'}): {tmp_path / 'out'}\n{NO_GROUPS}\n")
 
 
 def test_show_prints_every_key_with_its_value_and_the_cost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

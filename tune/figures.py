@@ -61,7 +61,9 @@ def pareto_figure(rows: Sequence[Row], objective: str, mode: str, cost: str, pat
     for row, place in zip(front, at, strict=True):
         axes.annotate(str(row.number), tuple(place), (3, 3), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
-    axes.set_xlabel({"macs": "multiply-adds of a clip, without its spectrogram", "params": "parameters", "tokens": "tokens"}[cost])
+    axes.set_xlabel(
+        {"macs": "multiply-adds of a clip, without its spectrogram", "params": "parameters", "tokens": "tokens"}[cost]
+    )
     axes.set_ylabel(objective)
     axes.legend(frameon=False)
     return _save(figure, path)

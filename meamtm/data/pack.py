@@ -128,6 +128,7 @@ def _write(source: Source, folder: Path, strict: bool, progress: Callable[[int, 
         digest=digest,
         shards=tuple(shards.names),
         source=source.fingerprint,
+        num_groups=len({sound.entry.group for sound in kept}),
     )
     _write_rejected(folder / REJECTED, rejected)
     (folder / CARD).write_text(card.to_json(), encoding="utf-8")

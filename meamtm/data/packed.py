@@ -34,6 +34,8 @@ class Card:
     digest: str
     shards: tuple[str, ...]
     source: str
+    num_groups: int | None = None
+    """Of recordings, animals or the like that clips share; None in a set of an earlier version."""
     format: int = FORMAT
 
     def to_json(self) -> str:
