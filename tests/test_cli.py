@@ -23,10 +23,9 @@ from meamtm.config import RunConfig, from_flat, known_keys, signature, write_yam
 from meamtm.data.packed import read_card
 from meamtm.training.checkpoint import load_model, newest
 
-
 NO_GROUPS = (
-    "each clip counts as a recording of its own; where several come from one, name it in a manifest's column `group`, or "
-    "folds will share it"
+    "each clip counts as a recording of its own; where several come from one, name it in a manifest's column `group`, "
+    "or folds will share it"
 )
 
 
