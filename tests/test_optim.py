@@ -128,7 +128,7 @@ def test_biases_norms_and_positions_do_not_decay(pool: str) -> None:
     decays = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
     assert len(decays) == len(list(model.parameters())) == sum(len(group["params"]) for group in optimizer.param_groups)
     for name, weight in model.encoder.named_parameters():
-        spared = weight.ndim <= 1 or name == "cls_token" or name.startswith("positions.")
+        spared = weight.ndim <= 1 or name in ("cls_token", "attn_pool.latent") or name.startswith("positions.")
         assert decays[id(weight)] == (0.0 if spared else 0.3), name
     assert set(decays.values()) == {0.0, 0.3}
 
