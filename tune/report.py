@@ -109,7 +109,7 @@ def _front_table(trials: Sequence[Row], objective: str, mode: str) -> "list[Rend
     table = Table(title="Pareto front", title_justify="left", header_style="bold", padding=(0, 1))
     for name in ("trial", objective, "behind", "cost", "of the best's"):
         table.add_column(name, no_wrap=True, justify="right")
-    table.add_column("configuration, in report")
+    table.add_column("configuration, in report", overflow="fold")
     best = front[0]
     for row in front:
         behind = f"{abs((row.value or 0.0) - (best.value or 0.0)):.3g}"
