@@ -86,7 +86,7 @@ class StudyConfig(Section):
     @property
     def mode(self) -> Literal["max", "min"]:
         """Whether more or less of it is better."""
-        return "min" if self.metric == "valid/loss" else "max"
+        return mode_of(self.metric)
 
     @property
     def cost(self) -> Costs | None:
@@ -117,6 +117,11 @@ class StudyConfig(Section):
         if not isinstance(given, list | tuple):
             return given
         return [_point(point) if isinstance(point, Mapping) else point for point in given]
+
+
+def mode_of(metric: str) -> Literal["max", "min"]:
+    """Says whether more or less of a metric is better."""
+    return "min" if metric == "valid/loss" else "max"
 
 
 def _range(key: str, given: Mapping[str, Any]) -> Range:

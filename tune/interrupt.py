@@ -19,15 +19,11 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may hear signals
         return
-    before = [signal.getsignal(number) for number in SIGNALS]
-    _arm()
-    try:
-        yield
-    except SystemExit as leaving:  # a library took SIGTERM meanwhile
-        raise KeyboardInterrupt from leaving
-    finally:
-        for number, handler in zip(SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+    with _armed():
+        try:
+            yield
+        except SystemExit as leaving:  # a library took SIGTERM meanwhile
+            raise KeyboardInterrupt from leaving
 
 
 @contextmanager
@@ -37,16 +33,13 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = [signal.getsignal(number) for number in SIGNALS]
-    _arm(asked)
-    try:
+    with _armed(asked):
         yield asked.is_set
-    finally:
-        for number, handler in zip(SIGNALS, before, strict=True):
-            signal.signal(number, handler)
 
 
-def _arm(asked: threading.Event | None = None) -> None:
+@contextmanager
+def _armed(asked: threading.Event | None = None) -> Iterator[None]:
+    """Hears both signals while the block runs; the first one sets the event, if there is one."""
     last_s = -DEAF_S
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -59,5 +52,9 @@ def _arm(asked: threading.Event | None = None) -> None:
             raise KeyboardInterrupt
         asked.set()
 
-    for number in SIGNALS:
-        signal.signal(number, interrupt)
+    before = [signal.signal(number, interrupt) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from meamtm.config import Value, differences, write_yaml
 from meamtm.errors import ConfigError
+from tune.config import mode_of
 from tune.history import open_study, rows, stages
 from tune.plan import Plan
 from tune.result import Result, Row, pareto_front
@@ -41,7 +42,7 @@ def report(plan: Plan) -> "RenderableType":
     files = write_report(plan, study)
     return Group(
         trials_table(rows(study), plan.config.metric),
-        *_front_table(rows(study), plan.config.metric, plan.config.mode),
+        *_front_table(rows(study), plan.config.metric),
         *_finalists_table(rows(study), plan.config.metric),
         *(_importance_table(stage, at) for stage, at in stages(study, plan).items()),
         Text(f"{len(files)} files in {plan.folder / 'report'}"),
@@ -63,7 +64,7 @@ def summary(result: Result) -> "RenderableType":
     for name, place in _places(result).items():
         places.add_row(name, Text(place, overflow="fold"))
     trials = trials_table(result.rows, result.objective, result.best)
-    front = _front_table(result.rows, result.objective, result.mode)
+    front = _front_table(result.rows, result.objective)
     finalists = _finalists_table(result.rows, result.objective, result.best)
     return Group(trials, *front, *finalists, Text(), found, Text(), places)
 
@@ -101,9 +102,9 @@ def trials_table(trials: Sequence[Row], objective: str, best: int | None = None)
     return table
 
 
-def _front_table(trials: Sequence[Row], objective: str, mode: str) -> "list[RenderableType]":
+def _front_table(trials: Sequence[Row], objective: str) -> "list[RenderableType]":
     """The Pareto front, what each of its trials gives away, and where its configuration lies."""
-    front = pareto_front(trials, mode)
+    front = pareto_front(trials, mode_of(objective))
     if not front:
         return []
     table = Table(title="Pareto front", title_justify="left", header_style="bold", padding=(0, 1))

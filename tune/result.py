@@ -50,7 +50,6 @@ class Result:
     mlflow_run_id: str | None
     finalists: int = 1
     finalist_seeds: int = 2
-    mode: str = "max"
 
     def covers(self, config: StudyConfig) -> bool:
         """Whether nothing is left to do for a study of so many trials and finalists."""

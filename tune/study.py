@@ -134,7 +134,6 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
         mlflow_run_id=parent.run_id if parent else None,
         finalists=plan.config.finalists,
         finalist_seeds=plan.config.finalist_seeds,
-        mode=plan.config.mode,
     )
     write_report(plan, study)
     return result
