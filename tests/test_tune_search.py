@@ -134,6 +134,29 @@ def test_what_exceeds_a_limit_is_rejected_and_not_counted(tmp_path):
     assert "exceed limits.max_params=40000" in refused[0].user_attrs["rejected"]
 
 
+def test_no_trial_is_trained_twice_and_an_exhausted_space_ends_the_search(tmp_path):
+    plan = make_plan(
+        tmp_path, "space.optim.lr=null", "space.optim.step_gamma=null", "space.encoder.heads={int: [1, 2]}"
+    )
+    search = TruthfulSearch(plan)
+    points = []
+    for name in "abcd":
+        run = search.suggest(name)["run"]
+        points.append((run["encoder.heads"], run["optim.schedule"]))
+        if name != "a":  # which goes on training
+            search.on_trial_complete(name, report(search, name, 0.1, 0.2, 0.3))
+    assert len(set(points)) == 4
+    assert (search.suggest("e"), search.is_exhausted) == (search.FINISHED, True)
+    turned_down = [trial for trial in open_study(plan).trials if "rejected" in trial.user_attrs]
+    assert {trial.state for trial in turned_down} == {TrialState.FAIL}
+    assert len(trained(open_study(plan))) == 3
+    search.check_failures()  # of which those are none
+
+    search.on_trial_complete("a", error=True)
+    again = search.suggest("f")["run"]
+    assert (again["encoder.heads"], again["optim.schedule"]) == points[0], "what failed may be tried once more"
+
+
 def test_limits_that_nothing_meets_end_the_study(tmp_path):
     search = TruthfulSearch(make_plan(tmp_path, "limits.max_params=10"))
     with pytest.raises(ConfigError, match=r"limits: 50 suggestions in a row .* loosen the limits or narrow the space"):

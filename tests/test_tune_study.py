@@ -281,6 +281,17 @@ def test_a_study_outlives_trials_that_diverge_or_do_not_fit_into_memory(cluster,
 
 
 @pytest.mark.ray
+def test_a_study_ends_when_all_of_its_space_was_tried(cluster, study):
+    """Three trials are asked for where there are two points; the same command again finds nothing to do."""
+    plan = load_plan(study, ["space.optim.lr=null", "trials=3"])
+    lines: list[str] = []
+    result = run_study(plan, lines.append)
+    assert sorted(row.point["encoder.depth"] for row in result.rows) == [1, 2]
+    assert f"{plan.name}: every further suggestion repeats a trial, so the search ends; widen the space" in lines
+    assert run_study(plan, pytest.fail) == result
+
+
+@pytest.mark.ray
 def test_a_time_budget_ends_the_search(cluster, study):
     """Trials without a finished epoch, as on a busy machine, are left to a longer budget."""
     plan = load_plan(study, ["train.epochs=2000", "trials=2", "time_budget_s=10", "asha.enabled=false"])

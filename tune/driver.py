@@ -53,6 +53,8 @@ def run_trials(
         try:
             _make_tuner(plan, search, recorder, num_trials).fit()
             search.check_failures()
+            if search.is_exhausted:
+                tell(f"{plan.name}: every further suggestion repeats a trial, so the search ends; widen the space")
             settle(search.study)
         finally:
             requeue(search.study)

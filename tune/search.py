@@ -21,13 +21,23 @@ from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.run import absolute, run_folder
 from tune.folds import Folds
-from tune.history import OUTCOMES, failed, judge, open_storage, point_of, repeat_of, seed_of, waiting_repeats
+from tune.history import (
+    OUTCOMES,
+    failed,
+    is_rejected,
+    judge,
+    open_storage,
+    point_of,
+    repeat_of,
+    seed_of,
+    waiting_repeats,
+)
 from tune.limits import excess
 from tune.plan import Plan
 from tune.space import encode
 
 REJECTED_IN_A_ROW = 50
-"""Suggestions over the limits, one after another, before a study gives up."""
+"""Suggestions over the limits or made before, one after another, before a search ends."""
 
 STATES = {outcome: TrialState[name] for name, outcome in OUTCOMES.items()}
 
@@ -45,6 +55,8 @@ class TruthfulSearch(OptunaSearch):
             sampler=make_sampler(plan, 0),
         )
         self.plan = plan
+        self.is_exhausted = False
+        """Whether the search ended since nothing new was suggested any more."""
         for point in plan.config.start:
             encoded = {key: encode(value) for key, value in point.items()}
             self.study.enqueue_trial(encoded, skip_if_exists=True)
@@ -55,13 +67,18 @@ class TruthfulSearch(OptunaSearch):
         assert self._ot_study is not None
         return self._ot_study
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Returns what `run_trial` needs; raises ConfigError where nothing feasible is found or too much has failed."""
+    def suggest(self, trial_id: str) -> Any:
+        """Returns what `run_trial` needs, or that the search is over where each suggestion repeats an earlier one.
+
+        Raises ConfigError where nothing feasible is found or too much has failed."""
         self.check_failures()
-        reason = None
+        reason, has_repeated = None, False
         for _ in range(REJECTED_IN_A_ROW):
             trial = self._ask()
             point = self.plan.space(trial)
+            if self._turn_down(trial):
+                has_repeated = True
+                continue
             reason = self._reject(trial, point)
             if reason is None:
                 run = absolute(self.plan.trial(trial.number, point, seed_of(trial)))
@@ -77,6 +94,9 @@ class TruthfulSearch(OptunaSearch):
                     "run": flatten(run),
                     "runs": [flatten(one) for one in runs],
                 }
+        if has_repeated:
+            self.is_exhausted = True
+            return self.FINISHED
         raise ConfigError(
             f"limits: {REJECTED_IN_A_ROW} suggestions in a row build no run within them (the last: {reason}); "
             "loosen the limits or narrow the space"
@@ -159,6 +179,21 @@ class TruthfulSearch(OptunaSearch):
             trial.set_user_attr("rejected", reason)
             self.study.tell(trial, state=TrialState.PRUNED)
         return reason
+
+    def _turn_down(self, trial: optuna.Trial) -> bool:
+        """Ends a suggestion that would repeat an earlier trial bit for bit; failed ones may be tried again.
+
+        It is told as FAIL, of which TPE takes no notice: PRUNED would call the point a bad one."""
+        if repeat_of(trial) is not None:
+            return False
+        there = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+        for other in self.study.get_trials(deepcopy=False, states=there):
+            same = other.number != trial.number and other.params == trial.params
+            if same and not is_rejected(other) and repeat_of(other) is None:
+                trial.set_user_attr("rejected", f"trial {other.number} is the same")
+                self.study.tell(trial, state=TrialState.FAIL)
+                return True
+        return False
 
     def _keep(self, trial: optuna.Trial, result: Mapping[str, Any]) -> None:
         for attribute, key in {"error": "failure", "checkpoint": "checkpoint_path", "hits": "hits"}.items():

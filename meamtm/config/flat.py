@@ -98,9 +98,9 @@ def run_name(config: RunConfig) -> str:
     return f"{config.name}-{signature(config)}"
 
 
-def parse_changes(words: Sequence[str]) -> dict[str, Value]:
+def parse_changes(words: Sequence[str]) -> dict[str, Any]:
     """Reads KEY=VALUE words; values are YAML."""
-    changes: dict[str, Value] = {}
+    changes: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
