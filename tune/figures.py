@@ -52,6 +52,8 @@ def slice_figure(rows: Sequence[Row], key: str, searched: Range, objective: str,
 
 def pareto_figure(rows: Sequence[Row], objective: str, mode: str, cost: str, path: Path) -> Path:
     """Draws the objective against cost, and the trials that no cheaper one equals."""
+    from matplotlib.ticker import EngFormatter
+
     figure, axes = _figure()
     ended = [(row.cost, row.value) for row in rows if row.cost is not None and row.value is not None]
     axes.plot(*np.array(ended).reshape(-1, 2).T, "o", color="0.65", label="trials")
@@ -60,7 +62,8 @@ def pareto_figure(rows: Sequence[Row], objective: str, mode: str, cost: str, pat
     axes.step(*at.T, "o-", where="post", color="C0", label="Pareto front")
     for row, place in zip(front, at, strict=True):
         axes.annotate(str(row.number), tuple(place), (3, 3), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
+    _make_log(axes)
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel(
         {"macs": "multiply-adds of a clip, without its spectrogram", "params": "parameters", "tokens": "tokens"}[cost]
     )
