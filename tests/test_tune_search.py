@@ -1,6 +1,7 @@
 """The searcher tells Optuna the truth, and another searcher over the same file continues the study. No Ray cluster."""
 
 import math
+import re
 
 import pytest
 from optuna.trial import TrialState
@@ -146,7 +147,8 @@ def test_no_trial_is_trained_twice_and_an_exhausted_space_ends_the_search(tmp_pa
         if name != "a":  # which goes on training
             search.on_trial_complete(name, report(search, name, 0.1, 0.2, 0.3))
     assert len(set(points)) == 4
-    assert (search.suggest("e"), search.is_exhausted) == (search.FINISHED, True)
+    assert search.suggest("e") == search.FINISHED
+    assert search.exhausted == "of 50 suggestions in a row 50 repeat a trial"
     turned_down = [trial for trial in open_study(plan).trials if "rejected" in trial.user_attrs]
     assert {trial.state for trial in turned_down} == {TrialState.FAIL}
     assert len(trained(open_study(plan))) == 3
@@ -155,6 +157,25 @@ def test_no_trial_is_trained_twice_and_an_exhausted_space_ends_the_search(tmp_pa
     search.on_trial_complete("a", error=True)
     again = search.suggest("f")["run"]
     assert (again["encoder.heads"], again["optim.schedule"]) == points[0], "what failed may be tried once more"
+
+
+def test_a_search_whose_limits_leave_only_what_was_tried_says_so(tmp_path):
+    plan = make_plan(
+        tmp_path,
+        "limits.max_params=40000",
+        "space.optim.lr=null",
+        "space.optim.step_gamma=null",
+        "start=[{encoder.heads: 1}]",
+    )
+    search = TruthfulSearch(plan)
+    names = iter(range(1000))
+    while isinstance(search.suggest(str(next(names))), dict):
+        pass
+    assert re.fullmatch(
+        r"of 50 suggestions in a row \d+ repeat a trial, and the others build no run within the limits "
+        r"\(the last: \d+ exceed limits\.max_params=40000\)",
+        search.exhausted or "",
+    )
 
 
 def test_limits_that_nothing_meets_end_the_study(tmp_path):

@@ -53,8 +53,8 @@ def run_trials(
         try:
             _make_tuner(plan, search, recorder, num_trials).fit()
             search.check_failures()
-            if search.is_exhausted:
-                tell(f"{plan.name}: every further suggestion repeats a trial, so the search ends; widen the space")
+            if search.exhausted is not None:
+                tell(f"{plan.name}: {search.exhausted}, so the search ends; widen the space")
             settle(search.study)
         finally:
             requeue(search.study)

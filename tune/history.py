@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from meamtm.config import Value
 from tune.plan import Plan
-from tune.result import Row, pareto_front
+from tune.result import Row, pareto_fronts
 from tune.space import decode
 
 if TYPE_CHECKING:
@@ -214,10 +214,11 @@ def repeats(study: "Study", number: int) -> list[float]:
 
 
 def _finalists(study: "Study", plan: Plan) -> "list[FrozenTrial]":
-    """Who may be chosen, best first: all, or with a cost those that no cheaper one equals."""
+    """Who may be chosen, best first; with a cost those on the Pareto front come before those just behind it, who may
+    have had less luck."""
     if plan.config.cost is not None:
         trials = study.trials
-        return [trials[row.number] for row in pareto_front(rows(study), plan.config.mode)]
+        return [trials[row.number] for front in pareto_fronts(rows(study), plan.config.mode) for row in front]
     return [trial for trial in ranked(study, plan.config.mode) if trial.state.name == "COMPLETE"]
 
 

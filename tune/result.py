@@ -76,6 +76,15 @@ def pareto_front(rows: Sequence[Row], mode: str) -> list[Row]:
     return front
 
 
+def pareto_fronts(rows: Sequence[Row], mode: str) -> list[list[Row]]:
+    """The front, the front of what it leaves, and so on (non-dominated sorting, Goldberg 1989)."""
+    fronts, left = [], list(rows)
+    while front := pareto_front(left, mode):
+        fronts.append(front)
+        left = [row for row in left if row not in front]
+    return fronts
+
+
 def read_result(plan: Plan) -> Result | None:
     """Reads what the study found, or None if it is not finished."""
     path = plan.folder / "result.json"

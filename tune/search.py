@@ -55,8 +55,8 @@ class TruthfulSearch(OptunaSearch):
             sampler=make_sampler(plan, 0),
         )
         self.plan = plan
-        self.is_exhausted = False
-        """Whether the search ended since nothing new was suggested any more."""
+        self.exhausted: str | None = None
+        """Why the search ended early: nothing new is suggested any more."""
         for point in plan.config.start:
             encoded = {key: encode(value) for key, value in point.items()}
             self.study.enqueue_trial(encoded, skip_if_exists=True)
@@ -72,12 +72,12 @@ class TruthfulSearch(OptunaSearch):
 
         Raises ConfigError where nothing feasible is found or too much has failed."""
         self.check_failures()
-        reason, has_repeated = None, False
+        reason, num_repeated = None, 0
         for _ in range(REJECTED_IN_A_ROW):
             trial = self._ask()
             point = self.plan.space(trial)
             if self._turn_down(trial):
-                has_repeated = True
+                num_repeated += 1
                 continue
             reason = self._reject(trial, point)
             if reason is None:
@@ -94,8 +94,9 @@ class TruthfulSearch(OptunaSearch):
                     "run": flatten(run),
                     "runs": [flatten(one) for one in runs],
                 }
-        if has_repeated:
-            self.is_exhausted = True
+        if num_repeated:
+            over = "" if reason is None else f", and the others build no run within the limits (the last: {reason})"
+            self.exhausted = f"of {REJECTED_IN_A_ROW} suggestions in a row {num_repeated} repeat a trial{over}"
             return self.FINISHED
         raise ConfigError(
             f"limits: {REJECTED_IN_A_ROW} suggestions in a row build no run within them (the last: {reason}); "
