@@ -183,11 +183,17 @@ def evaluate(
     fold: Annotated[
         int | None, typer.Option(help="another fold that did not train it, such as data.valid_fold")
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV to write as well: what each clip was called")] = None,
 ) -> None:
     """Test a checkpoint on the fold that it never saw, or on other data."""
     from meamtm.training.evaluate import evaluate as test
+    from meamtm.training.predictions import gather_predictions, write_predictions
 
-    print_evaluation(test(checkpoint, data, fold))
+    _check_folder(out)
+    found = test(checkpoint, data, fold)
+    print_evaluation(found)
+    if out is not None:
+        write_predictions(out, gather_predictions([found]), found.classes)
 
 
 @app.command()

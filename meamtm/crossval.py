@@ -26,7 +26,9 @@ from meamtm.tracking import (
     run_id_in,
     warn_of_rest,
 )
+from meamtm.training.evaluate import Evaluation
 from meamtm.training.lock import held
+from meamtm.training.predictions import PREDICTIONS, Prediction, gather_predictions, read_predictions, write_predictions
 from meamtm.training.run import Outcome, absolute, run_folder, tags
 
 SUMMARY = "crossval.json"
@@ -76,6 +78,10 @@ class CrossValidation:
         """Gives for each seed what the literature calls the result: its mean over the folds."""
         return [statistics.fmean(self.values(seed=seed)) for seed in self.seeds]
 
+    def predictions(self) -> list[Prediction]:
+        """Reads what the runs that had not heard a clip said of it, the most doubtful first."""
+        return read_predictions(Path(self.folder) / PREDICTIONS)
+
     def figures(self) -> dict[str, float]:
         """Gives mean and standard deviation of each metric over all runs, and that of the seeds' means."""
         found = {f"crossval/{self.score}_std_of_seeds": deviation(self.seed_means())}
@@ -124,7 +130,7 @@ def evaluate_runs(
     with held(folder):
         outcomes = run_all(list(runs.values()), heard, should_stop)
         result = _gather(folder, dict(zip(runs, outcomes, strict=True)))
-        _write(config, result)
+        _write(config, result, [_evaluation(outcome) for outcome in outcomes])
         if config.tracking.mlflow:
             _tell_mlflow(config, result)
     return result
@@ -173,8 +179,7 @@ def _covers(done: CrossValidation, runs: Mapping[tuple[int, int], RunConfig]) ->
 def _gather(folder: Path, outcomes: Mapping[tuple[int, int], Outcome]) -> CrossValidation:
     rows, matrices, classes = [], [], ()
     for (fold, seed), outcome in outcomes.items():
-        evaluation = outcome.evaluation
-        assert evaluation is not None, "each run of a cross-validation holds a fold out"
+        evaluation = _evaluation(outcome)
         rows.append(FoldRow(fold, seed, str(outcome.folder), evaluation.metrics))
         matrices.append(evaluation.confusion)
         classes = evaluation.classes
@@ -182,9 +187,15 @@ def _gather(folder: Path, outcomes: Mapping[tuple[int, int], Outcome]) -> CrossV
     return CrossValidation(str(folder), classes, tuple(rows), total)
 
 
-def _write(config: RunConfig, result: CrossValidation) -> None:
+def _evaluation(outcome: Outcome) -> Evaluation:
+    assert outcome.evaluation is not None, "each run of a cross-validation holds a fold out"
+    return outcome.evaluation
+
+
+def _write(config: RunConfig, result: CrossValidation, evaluations: Sequence[Evaluation]) -> None:
     folder = Path(result.folder)
     write_yaml(folder / "config.yaml", flatten(config))
+    write_predictions(folder / PREDICTIONS, gather_predictions(evaluations), result.classes)
     if result.confusion is not None:
         matrix = np.array(result.confusion)
         confusion_figure(matrix, result.classes, folder / "confusion.png")

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from meamtm.crossval import CrossValidation
     from meamtm.inference.predict import Answer
     from meamtm.training.evaluate import Evaluation
+    from meamtm.training.predictions import Prediction
+
+MOST_MISTAKEN = 10
+"""Clips that are shown; the file in the folder has all."""
 
 console = Console(markup=False, highlight=False)  # names of files and classes may hold [brackets]
 
@@ -44,6 +48,7 @@ def print_crossval(result: "CrossValidation") -> None:
     console.print(table)
     if result.confusion is not None:
         _print_per_class(np.array(result.confusion), result.classes)
+    _print_mistaken(result.predictions())
     figures = result.figures()
     mean, std, std_of_seeds = (figures[f"crossval/{result.score}_{kind}"] for kind in ("mean", "std", "std_of_seeds"))
     spread = f" ± {std:.4f} over {len(result.rows)} runs" if len(result.rows) > 1 else ", of one run"
@@ -73,6 +78,21 @@ def print_answers(answers: "Sequence[Answer]", classes: Sequence[str]) -> None:
         first, second = (int(label) for label in answer.values.argsort()[::-1][:2])
         next_best = f"{classes[second]} {answer.values[second]:.3f}"
         table.add_row(str(answer.path), classes[first], f"{answer.values[first]:.3f}", next_best)
+    console.print(table)
+
+
+def _print_mistaken(predictions: "Sequence[Prediction]") -> None:
+    """Prints the first of the clips that no model named right; they are hard, or their label is wrong."""
+    mistaken = [each for each in predictions if each.num_right == 0]
+    if not mistaken:
+        return
+    table = Table("clip", "label", "named", "confidence in its label", title_justify="left")
+    table.title = (
+        f"{len(mistaken)} of {len(predictions)} clips that no model named right: hard, or is their label wrong?"
+    )
+    table.columns[0].overflow = "fold"
+    for each in mistaken[:MOST_MISTAKEN]:
+        table.add_row(each.clip, each.label, each.named, f"{each.confidence:.3f}")
     console.print(table)
 
 

@@ -26,6 +26,7 @@ from meamtm.errors import DataError, MeamtmError
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
 from meamtm.training.context import Stopped
+from meamtm.training.predictions import read_predictions
 from meamtm.training.run import run_folder, run_here
 
 SHORT = {"train.epochs": 2, "train.checkpoint_s": 60}
@@ -101,7 +102,12 @@ def test_runs_side_by_side_find_what_each_finds_alone(
 
     folder = crossval_folder(config)
     written = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    assert written == {"config.yaml", "confusion.png", "crossval.json", "folds.png", "mlflow.json", "per_class.csv"}
+    tables = {"config.yaml", "crossval.json", "mlflow.json", "per_class.csv", "predictions.csv"}
+    assert written == {*tables, "confusion.png", "folds.png"}
+    heard_of = result.predictions()
+    assert len({each.clip for each in heard_of}) == 40, "of each clip of both folds a line"
+    assert {(each.part, each.num_models) for each in heard_of} == {("fold 1", 2), ("fold 3", 2)}
+    assert sum(each.num_right for each in heard_of) == sum(row[label] for label, row in enumerate(result.confusion))
     assert json.loads((folder / "crossval.json").read_text())["figures"] == figures
     _check_mlflow(tmp_path, figures)
 
@@ -111,6 +117,7 @@ def _check_mlflow(folder: Path, figures: dict[str, float]) -> None:
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     parents = [run for run in runs if "-crossval-" in str(run.info.run_name)]
     assert len(parents) == 1
+    assert "predictions.csv" in {file.path for file in client.list_artifacts(parents[0].info.run_id)}
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {key: parents[0].data.metrics[key] for key in figures} == pytest.approx(figures)
     below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
@@ -192,6 +199,8 @@ def test_the_command_prints_the_table_and_is_quick_when_it_is_done(
     mean = result["figures"]["crossval/accuracy_mean"]
     assert f"test accuracy {mean:.4f} ± " in shown.out
     assert "over 2 runs" in shown.out
+    missed = sum(each.num_right == 0 for each in read_predictions(crossval_folder(config) / "predictions.csv"))
+    assert f"{missed} of 40 clips that no model named right" in shown.out
     began_s = time.monotonic()
     assert meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "1,2").out == shown.out
     assert time.monotonic() - began_s < 2

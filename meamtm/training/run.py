@@ -37,6 +37,7 @@ from meamtm.training.evaluate import Evaluation, evaluate
 from meamtm.training.lock import held
 from meamtm.training.memory import check_memory
 from meamtm.training.optim import make_optimizer
+from meamtm.training.predictions import PREDICTIONS, gather_predictions, write_predictions
 from meamtm.training.prepare import training_loader
 from meamtm.training.train import train
 
@@ -193,8 +194,10 @@ def _hand_over(folder: Path, sink: Sink | Sinks) -> None:
 
 
 def record_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Writes the confusion matrix and the per-class table, and then the metrics, which say that the run is tested."""
+    """Writes each clip's prediction, the confusion matrix and the per-class table, and then the metrics, which say that
+    the run is tested."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_predictions(folder / PREDICTIONS, gather_predictions([evaluation]), evaluation.classes)
     if evaluation.confusion is not None:
         confusion_figure(evaluation.confusion, evaluation.classes, folder / "confusion.png")
         per_class_table(evaluation.confusion, evaluation.classes, folder / "per_class.csv")

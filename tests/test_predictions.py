@@ -1,0 +1,90 @@
+"""What models said of clips that had not trained them: counted, averaged, ordered, and kept as a table."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import meamtm_command
+from tiny import tiny
+
+from meamtm.training.evaluate import Evaluation
+from meamtm.training.metrics import confusion
+from meamtm.training.predictions import Prediction, gather_predictions, read_predictions, write_predictions
+from meamtm.training.run import run_here
+
+CLASSES = ("owl", "cat", "sea")
+
+
+def said(
+    clip_ids: list[str],
+    probability: list[list[float]],
+    target: list[list[float]],
+    part: str = "fold 1",
+    *,
+    multi_label: bool = False,
+) -> Evaluation:
+    shares, wanted = np.array(probability, np.float32), np.array(target, np.float32)
+    matrix = None if multi_label else confusion(torch.from_numpy(shares), torch.from_numpy(wanted)).numpy()
+    return Evaluation(Path("x"), part, CLASSES, {}, tuple(clip_ids), shares, wanted, matrix)
+
+
+def test_the_most_doubtful_come_first_with_what_all_models_said() -> None:
+    owl, sea = [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]
+    first = said(["a", "b"], [[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]], [owl, sea])
+    second = said(["b", "a"], [[0.1, 0.3, 0.6], [0.8, 0.1, 0.1]], [sea, owl])
+    other = said(["c"], [[0.9, 0.1, 0.0]], [sea], "fold 2")
+    found = gather_predictions([first, second, other])
+    assert [(each.clip, each.part, each.label, each.named) for each in found] == [
+        ("c", "fold 2", "sea", "owl"),
+        ("b", "fold 1", "sea", "sea"),
+        ("a", "fold 1", "owl", "owl"),
+    ]
+    assert [(each.num_right, each.num_models) for each in found] == [(0, 1), (1, 2), (2, 2)]
+    assert [each.confidence for each in found] == pytest.approx([0.0, 0.45, 0.7])
+    assert found[1].probability == pytest.approx((0.15, 0.4, 0.45))
+
+
+def test_of_several_labels_all_must_be_right_and_the_worst_answer_counts() -> None:
+    evaluation = said(
+        ["a", "b", "none"],
+        [[0.9, 0.8, 0.3], [0.9, 0.4, 0.1], [0.1, 0.2, 0.05]],
+        [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]],
+        multi_label=True,
+    )
+    found = {each.clip: each for each in gather_predictions([evaluation])}
+    assert (found["a"].label, found["a"].named, found["a"].num_right) == ("owl;cat", "owl;cat", 1)
+    assert (found["b"].label, found["b"].named, found["b"].num_right) == ("owl;cat", "owl", 0)
+    assert (found["none"].label, found["none"].named, found["none"].num_right) == ("", "", 1)
+    assert [found[clip].confidence for clip in ("a", "b", "none")] == pytest.approx([0.7, 0.4, 0.8])
+
+
+def test_any_name_is_read_back_as_it_was(tmp_path: Path) -> None:
+    classes = ("label", 'rain, "heavy"', "犬\nB")
+    wanted = [
+        Prediction(name, "fold 1", classes[1], classes[2], 3, 0, 0.125, (0.5, 0.125, 0.375)) for name in ("a,b", "ü\n")
+    ]
+    write_predictions(tmp_path / "p.csv", wanted, classes)
+    assert read_predictions(tmp_path / "p.csv") == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
+    assert read_predictions(tmp_path / "none.csv") == []
+
+
+def test_a_run_keeps_what_it_said_of_each_test_clip_and_evaluate_writes_the_same(
+    packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    outcome = run_here(tiny(packed, cache_dir, tmp_path, {"data.test_fold": 2}))
+    evaluation = outcome.evaluation
+    assert evaluation is not None
+    kept = read_predictions(outcome.folder / "test" / "predictions.csv")
+    assert {each.clip for each in kept} == set(evaluation.clip_ids)
+    assert sum(each.num_right for each in kept) / len(kept) == pytest.approx(evaluation.metrics["test/accuracy"])
+    assert [each.confidence for each in kept] == sorted(each.confidence for each in kept)
+    assert meamtm_command("evaluate", outcome.folder, "--out", tmp_path / "p.csv").code == 0
+    assert (tmp_path / "p.csv").read_bytes() == (outcome.folder / "test" / "predictions.csv").read_bytes()
+    with (tmp_path / "p.csv").open() as file:
+        assert next(csv.reader(file))[7:] == list(evaluation.classes)
+    refused = meamtm_command("evaluate", outcome.folder, "--out", tmp_path / "none" / "p.csv")
+    assert (refused.code, refused.out) == (2, "")
+    assert "cannot be written; name a file in a folder that exists" in refused.err
