@@ -36,7 +36,7 @@ audit: $(STAMP)  ## known holes in the packages that are installed, where the ne
 	esac
 
 bench: $(STAMP)  ## figures of this machine: a table on the screen, JSON beside the scripts
-	@for script in $(filter-out $(addprefix benchmarks/,contest.py compare.py few_shot.py),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out $(addprefix benchmarks/,contest.py compare.py few_shot.py mislabelled.py),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 clean:  ## everything that the commands above made, runs and data sets included
 	rm -rf .venv data runs studies mlflow.db mlartifacts

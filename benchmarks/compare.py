@@ -2,7 +2,8 @@
 
 All are trained and tested on the same folds with the same seeds by `meamtm.crossval`, whose runs are kept: the same
 command again continues, and more seeds add to what is there. Prints a table, in points of the first row, and writes
-CSV. From the repository root:
+CSV. `won` and `lost` count the clips that are named right more and less often than by the first row, and `p` is how
+probable it is that equals differ as much (the sign test; with one seed McNemar's). From the repository root:
 
     python benchmarks/compare.py configs/esc10.yaml configs/notebook.yaml [--folds 1,2] [--seeds 3] [KEY=VALUE ...]
     python benchmarks/compare.py configs/esc10.yaml --ablate [mixing masks ...]
@@ -18,6 +19,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import binomtest
 
 from meamtm.config import RunConfig, Value, flatten, load, override, parse_changes
 from meamtm.crossval import CrossValidation, cross_validate, deviation, plan_runs
@@ -92,7 +94,8 @@ def trained(name: str, config: RunConfig, folds: list[int], num_seeds: int) -> C
 
 def rows(results: dict[str, CrossValidation]) -> list[dict[str, str]]:
     """Gives each config's mean, its deviations, how far it lies from the first one, and what a run takes."""
-    first = statistics.fmean(next(iter(results.values())).values())
+    base = next(iter(results.values()))
+    first = statistics.fmean(base.values())
     return [
         {
             "config": name,
@@ -100,11 +103,22 @@ def rows(results: dict[str, CrossValidation]) -> list[dict[str, str]]:
             "std of runs": _deviation(result.values()),
             "std of seeds": _deviation(result.seed_means()),
             "points": f"{100 * (statistics.fmean(result.values()) - first):+.2f}",
+            **clip_by_clip(result, base),
             "runs": str(len(result.rows)),
             "min a run": f"{statistics.median(minutes(Path(row.run_folder)) for row in result.rows):.1f}",
         }
         for name, result in results.items()
     ]
+
+
+def clip_by_clip(result: CrossValidation, base: CrossValidation) -> dict[str, str]:
+    """Compares how many of the models name each clip right; of results older than their predictions, nothing."""
+    rights = {each.clip: each.num_right for each in base.predictions()}
+    differences = [each.num_right - rights[each.clip] for each in result.predictions() if rights]
+    won, lost = (sum(sign * difference > 0 for difference in differences) for sign in (1, -1))
+    if result is base or won + lost == 0:
+        return {"won": "-", "lost": "-", "p": "-"}
+    return {"won": str(won), "lost": str(lost), "p": f"{binomtest(won, won + lost).pvalue:.2g}"}
 
 
 def _deviation(shares: Sequence[float]) -> str:
