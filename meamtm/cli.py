@@ -100,7 +100,9 @@ def download(
 def pack(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="ESC-50-style folder, or one folder per class")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="data set to write")],
-    manifest: Annotated[Path | None, typer.Option(help="CSV with path,label and optionally fold,group,split")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="CSV with path,label and optionally fold,group,split; or one like ESC-50's")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="an unusable file is an error")] = False,
 ) -> None:
     """Pack labelled sounds into a data set of Parquet files."""
@@ -229,14 +231,13 @@ def predict(
     _check_folder(out)
     saved, files = _load(checkpoint), find_audio(paths)
     answers = _collect(classify_files(saved, files), len(files))
-    classes = saved.labels.classes
     if out is not None:
-        write_csv(out, classes, answers)
+        write_csv(out, saved.labels, answers)
         num_heard = sum(answer.values is not None for answer in answers)
         unheard = f" ({len(answers) - num_heard} could not be heard, and are listed with the reason)"
         typer.echo(f"{num_heard} files{unheard if num_heard < len(answers) else ''}: {out}")
         return
-    print_answers(answers, classes)
+    print_answers(answers, saved.labels)
 
 
 @app.command()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from meamtm.config import RunConfig
     from meamtm.crossval import CrossValidation
     from meamtm.inference.predict import Answer
+    from meamtm.training.checkpoint import Labels
     from meamtm.training.evaluate import Evaluation
     from meamtm.training.predictions import Prediction
 
@@ -67,17 +68,24 @@ def print_evaluation(evaluation: "Evaluation") -> None:
     _print_per_class(evaluation.confusion, evaluation.classes)
 
 
-def print_answers(answers: "Sequence[Answer]", classes: Sequence[str]) -> None:
-    """Prints each file's class and the next best one, or why it could not be heard."""
+def print_answers(answers: "Sequence[Answer]", labels: "Labels") -> None:
+    """Prints each file's class and the next best one, or why it could not be heard; where a clip may have several
+    labels, all that are above one half and the best of the others."""
+    classes = labels.classes
     table = Table("file", "class", "probability", "next")
     table.columns[0].overflow = "fold"
     for answer in answers:
         if answer.values is None:
             table.add_row(str(answer.path), answer.problem, "", "", style="dim")
             continue
-        first, second = (int(label) for label in answer.values.argsort()[::-1][:2])
-        next_best = f"{classes[second]} {answer.values[second]:.3f}"
-        table.add_row(str(answer.path), classes[first], f"{answer.values[first]:.3f}", next_best)
+        order = [int(label) for label in answer.values.argsort()[::-1]]
+        num_named = int((answer.values > 0.5).sum()) if labels.multi_label else 1
+        shares = " ".join(f"{answer.values[label]:.3f}" for label in order[:num_named])
+        next_best = "".join(
+            f"{classes[label]} {answer.values[label]:.3f}" for label in order[num_named : num_named + 1]
+        )
+        named = ";".join(classes[label] for label in order[:num_named])
+        table.add_row(str(answer.path), named, shares, next_best)
     console.print(table)
 
 

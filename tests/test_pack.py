@@ -445,8 +445,23 @@ def test_an_esc_table_that_contradicts_itself_is_refused(rows: str, message: str
 def test_two_esc_tables_are_one_too_many(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("filename,fold,target,category\n")
-    with pytest.raises(DataError, match=r"2 tables look like ESC-50's \(a\.csv, b\.csv\)"):
+    with pytest.raises(
+        DataError, match=r"2 tables look like ESC-50's \(a\.csv, b\.csv\); keep one, or name one by --m"
+    ):
         pack(tmp_path, tmp_path / "out")
+    write_sound(tmp_path / "audio" / "1-x.wav", 1)
+    write_sound(tmp_path / "audio" / "2-y.wav", 2)
+    (tmp_path / "b.csv").write_text("filename,fold,target,category\n1-x.wav,1,0,owl\n2-y.wav,2,1,cat\n")
+    assert pack(tmp_path, tmp_path / "out", tmp_path / "b.csv").classes == ("owl", "cat")
+
+
+def test_what_macos_leaves_in_an_archive_is_no_sound(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "in", owl=2, cat=2)
+    for path in (folder / "__MACOSX" / "owl" / "._00.wav", folder / "owl" / "._00.wav"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"Mac OS X")
+    card = pack(folder, tmp_path / "out")
+    assert (card.classes, card.num_clips, card.num_rejected) == (("cat", "owl"), 4, 0)
 
 
 def test_a_source_without_sounds_says_what_is_expected(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from meamtm.config import from_flat
 from meamtm.errors import DataError
 from meamtm.inference.predict import Answer, check_any, classify_files, embed_files, find_audio, write_csv, write_npz
 from meamtm.model.transformer import AudioTransformer
+from meamtm.tables import print_answers
 from meamtm.training.checkpoint import Labels, Saved
 
 RATE_HZ = 8_000
@@ -166,7 +167,7 @@ def test_a_csv_has_a_line_for_every_file(saved: Saved, tmp_path: Path) -> None:
     paths = [write(tmp_path / 'a, "b".wav', noise(4_000)), tmp_path / "text.wav"]
     paths[1].write_text("text")
     answers = list(classify_files(saved, paths))
-    write_csv(tmp_path / "out.csv", CLASSES, answers)
+    write_csv(tmp_path / "out.csv", Labels(CLASSES, False, "digest"), answers)
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         good, bad = csv.DictReader(file)
     assert list(good) == ["path", "class", *CLASSES, "problem"]
@@ -175,6 +176,21 @@ def test_a_csv_has_a_line_for_every_file(saved: Saved, tmp_path: Path) -> None:
     assert good["class"] == CLASSES[int(values.argmax())]
     assert [float(good[name]) for name in CLASSES] == pytest.approx(values.tolist(), abs=1e-6)
     assert bad == {"path": str(paths[1]), "class": "", **dict.fromkeys(CLASSES, ""), "problem": answers[1].problem}
+
+
+def test_where_a_clip_may_have_several_labels_all_above_one_half_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = [[0.9, 0.8, *[0.1] * (len(CLASSES) - 2)], [0.2] * len(CLASSES)]
+    answers = [Answer(Path(f"{number}.wav"), np.array(row, np.float32)) for number, row in enumerate(values)]
+    labels = Labels(CLASSES, True, "digest")
+    write_csv(tmp_path / "out.csv", labels, answers)
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == [f"{CLASSES[0]};{CLASSES[1]}", ""]
+    print_answers(answers, labels)
+    shown = capsys.readouterr().out
+    assert f"{CLASSES[0]};{CLASSES[1]}" in shown
+    assert "0.900 0.800" in shown
 
 
 def test_an_npz_has_the_readable_files_alone(saved: Saved, tmp_path: Path) -> None:

@@ -19,9 +19,15 @@ class DataConfig(Section):
         default="data/synth-packed", description="packed data set: a folder made by `meamtm pack`, or a pyarrow URI"
     )
     clip_s: float = Field(
-        default=5.0, gt=0, le=600, description="heard at once, s; longer clips are cropped, shorter padded"
+        default=5.0,
+        gt=0,
+        le=600,
+        description="heard at once, s; longer clips are cropped or, to be named, cut into windows, shorter padded",
     )
-    test_fold: int | None = Field(default=1, description="held out for `evaluate` alone; null: every clip may train")
+    test_fold: int | None = Field(
+        default=1,
+        description="held out for `evaluate` alone; null: every clip may train, those of a split's `test` too",
+    )
     valid_fold: int | None = Field(
         default=None, description="inner fold for choices (tuning, early stopping); null: its clips train too"
     )
@@ -141,6 +147,10 @@ class TrainConfig(Section):
         default=False, description="on a GPU too, the same seed gives the same numbers: slower, as far as torch can"
     )
     checkpoint_s: float = Field(default=60.0, ge=0, description="seconds between checkpoints; 0: after every epoch")
+
+
+JOB_HOLDS = {"CPU": "MEAMTM_JOB_CPUS", "GPU": "MEAMTM_JOB_GPUS"}
+"""Variables that say what a job's own process holds of its node as long as it lasts."""
 
 
 class ScaleConfig(Section):

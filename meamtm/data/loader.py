@@ -20,8 +20,6 @@ from meamtm.data.clips import Clips, Numbers
 from meamtm.data.stream import KEPT_ROW_GROUPS
 from meamtm.errors import ConfigError, DataError
 
-MAX_WINDOWS = 8
-"""Windows into which evaluation cuts a long clip, at most."""
 MAX_BUFFERS = 4
 UNUSED = 2
 """What sys.getrefcount gives for an array that only the list of buffers refers to."""
@@ -42,8 +40,8 @@ class Loader:
 
     Training hears each clip once per epoch, cropped at random when it is longer; where that makes less than
     `least_batches`, it passes through all clips as often as it takes. Evaluation keeps the order and cuts a longer clip
-    into at most 8 evenly spaced windows, so that `Batch.index` may name a clip several times; a rank's part of a small
-    batch may be empty.
+    into evenly spaced windows, `most_windows` at most, so that `Batch.index` may name a clip several times; a rank's
+    part of a small batch may be empty.
     """
 
     def __init__(
@@ -56,6 +54,7 @@ class Loader:
         seed: int,
         train: bool,
         least_batches: int = 1,
+        most_windows: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -64,7 +63,7 @@ class Loader:
         spare = np.maximum(clips.num_samples[indices] - clip_samples, 0)  # samples beyond what is heard at once
         self._train, self._indices, self._spare = train, indices, spare
         if not train:
-            counts, self._starts = cut_windows(spare, clip_samples, MAX_WINDOWS)
+            counts, self._starts = cut_windows(spare, clip_samples, most_windows)
             self._indices = np.repeat(indices, counts)
         least_heard = (least_batches - 1) * batch_size + 1
         self._num_passes = max(1, -(-least_heard // max(len(self._indices), 1))) if train else 1

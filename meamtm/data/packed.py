@@ -63,6 +63,12 @@ def read_card(path: str | Path) -> Card:
     return card
 
 
+def has_card(path: str | Path) -> bool:
+    """Whether there is a packed data set at a path or URI."""
+    files, folder = _filesystem(str(path))
+    return files.get_file_info(f"{folder}/{CARD}").is_file
+
+
 class Packed:
     """The shards of a data set; row groups are numbered through all of them."""
 

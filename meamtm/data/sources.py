@@ -56,7 +56,7 @@ def find_clips(source: Path, manifest: Path | None = None) -> Source:
     if not source.is_dir():
         raise DataError(f"SOURCE={source}: no such folder; name a folder with sounds in it")
     table = manifest or _esc_table(source)
-    if manifest:
+    if manifest and not _looks_like_esc(manifest):
         entries, classes = _from_manifest(source, manifest)
     elif table:
         entries, classes = _from_esc(source, table)
@@ -90,6 +90,11 @@ def _esc_table(source: Path) -> Path | None:
             f"SOURCE={source}: {len(found)} tables look like ESC-50's ({names}); keep one, or name one by --manifest"
         )
     return found[0] if found else None
+
+
+def _looks_like_esc(manifest: Path) -> bool:
+    columns = _header(manifest) if manifest.is_file() else set()
+    return columns >= ESC_COLUMNS and not columns >= MANIFEST_COLUMNS
 
 
 def _from_esc(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
@@ -150,7 +155,9 @@ def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[
 
 def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     entries = []
-    for folder in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for folder in sorted(
+        path for path in source.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
+    ):
         files = find_sounds(folder)
         if not files:
             logger.warning("%s: holds no sound, so no class is called %s", folder, folder.name)
@@ -167,7 +174,7 @@ def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
 
 def find_sounds(folder: Path) -> list[Path]:
     """Files below a folder whose names are those of sounds, in order, without originals beside their conversions."""
-    paths = list(folder.rglob("*"))
+    paths = [path for path in folder.rglob("*") if not path.name.startswith("._")]  # of macOS, beside each sound
     found = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
     converted = {path.with_suffix("") for path in found}
     others = [path for path in paths if path.suffix.lower() in OTHER_AUDIO_SUFFIXES]

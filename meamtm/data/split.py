@@ -23,11 +23,13 @@ class Split:
 def split_clips(clips: Clips, data: DataConfig) -> Split:
     """Splits by the data set's own `split` column if it has one, by `data.test_fold` and `data.valid_fold` otherwise.
 
+    Without `data.test_fold` nothing is held out for a test: the clips of the column's `test` train too.
     DataError when a fold does not exist, a class has no clip to train on, or a group would be in two parts.
     """
     if clips.has_split:
         given = np.array(clips.splits, object)
-        parts = [given == name for name in ("train", "valid", "test")]
+        train, valid, test = (given == name for name in ("train", "valid", "test"))
+        parts = [train | test, valid, test & False] if data.test_fold is None else [train, valid, test]
     else:
         test, valid = _fold(clips, data, "test_fold"), _fold(clips, data, "valid_fold")
         parts = [~(test | valid), valid & ~test, test]
@@ -48,6 +50,13 @@ def _fold(clips: Clips, data: DataConfig, key: str) -> Bool[np.ndarray, " clip"]
 
 
 def _check_classes(clips: Clips, train: Bool[np.ndarray, " clip"], data: DataConfig) -> None:
+    there = clips.targets.any(axis=0)  # (label,)
+    if not there.all():
+        names = ", ".join(clips.classes[label] for label in np.flatnonzero(~there))
+        raise DataError(
+            f"data.path={data.path}: has no clip of the class {names}, of which none could be used (rejected.csv there "
+            "says why); add clips, or leave the class out, and pack again"
+        )
     num_heard = clips.targets[train].sum(axis=0)  # (label,)
     if not num_heard.all():
         names = ", ".join(clips.classes[label] for label in np.flatnonzero(num_heard == 0))

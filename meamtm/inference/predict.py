@@ -15,7 +15,8 @@ from meamtm.data.loader import cut_windows
 from meamtm.data.sources import AUDIO_SUFFIXES, find_sounds
 from meamtm.errors import DataError
 from meamtm.model.precision import autocast
-from meamtm.training.checkpoint import Saved
+from meamtm.training.checkpoint import Labels, Saved
+from meamtm.training.predictions import name_labels
 from meamtm.training.prepare import to_float
 
 WINDOWS_AT_ONCE = 32
@@ -67,8 +68,10 @@ def check_any(answers: Sequence[Answer]) -> None:
         raise DataError(f"{first.path}: {first.problem}{others}; name files with sound in them")
 
 
-def write_csv(out: Path, classes: Sequence[str], answers: Sequence[Answer]) -> None:
-    """Writes one line per file: its best class, every class's probability, and what was wrong with it."""
+def write_csv(out: Path, labels: Labels, answers: Sequence[Answer]) -> None:
+    """Writes one line per file: its class, or, where a clip may have several, all that are above one half, separated by
+    `;`; every class's probability; and what was wrong with it."""
+    classes = labels.classes
     with out.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", *classes, "problem"])
@@ -76,8 +79,8 @@ def write_csv(out: Path, classes: Sequence[str], answers: Sequence[Answer]) -> N
             if answer.values is None:
                 writer.writerow([answer.path, "", *[""] * len(classes), answer.problem])
             else:
-                best = classes[int(answer.values.argmax())]
-                writer.writerow([answer.path, best, *(f"{value:.6f}" for value in answer.values), ""])
+                named = name_labels(answer.values, classes, multi_label=labels.multi_label)
+                writer.writerow([answer.path, named, *(f"{value:.6f}" for value in answer.values), ""])
 
 
 def write_npz(out: Path, answers: Sequence[Answer]) -> int:

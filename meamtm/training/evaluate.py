@@ -14,7 +14,7 @@ from meamtm.config import RunConfig, flatten, override
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
-from meamtm.data.packed import Card, read_card
+from meamtm.data.packed import Card, has_card, read_card
 from meamtm.data.split import split_clips
 from meamtm.errors import CheckpointError, DataError
 from meamtm.model.precision import autocast
@@ -51,13 +51,15 @@ def evaluate(
 ) -> Evaluation:
     """Tests a checkpoint on its test fold, on its validation fold or on another data set.
 
-    Raises DataError for a fold that it was trained on. Of a data set that it was not trained on, every clip is used
-    unless a fold is named. Labels are in the checkpoint's order, whatever the data set's is. `here` says where the
-    run's data lie and what computes now, since a run may have been moved after it was trained; without it the data lie
-    where they did.
+    Raises DataError for clips that trained it. Of a data set that it was not trained on, every clip is used unless a
+    fold is named. Labels are in the checkpoint's order, whatever the data set's is. `here` says where the run's data
+    lie and what computes now, since a run may have been moved after it was trained; without it the data lie where they
+    did.
     """
     saved = load_model(checkpoint)
-    changes = {"scale.device": "auto"} if here is None else {key: flatten(here)[key] for key in OF_A_PLACE}
+    changes = {} if here is None else {key: flatten(here)[key] for key in OF_A_PLACE}
+    if changes.get("scale.device") != "cpu":
+        changes["scale.device"] = "auto"  # where Ray's workers had a GPU, the process that tests may have none
     if data_path is not None:
         changes["data.path"] = data_path
     if fold is not None:
@@ -76,40 +78,59 @@ def evaluate(
         raise DataError(f"data.path={config.data.path}: no clip of its split is for testing; name other data by --data")
     if len(indices) == 0:
         raise DataError(f"data.test_fold={config.data.test_fold}: no clip is held out; name other data by --data")
-    if fold is not None and card.digest == saved.labels.digest:
-        _check_unheard(saved, clips, indices, fold)
-    model = saved.model.to(choose_device(config.scale))
-    probability, target = classify(model, config, clips, indices)
+    if fold is not None or is_foreign:
+        _check_unheard(saved, clips, indices, f"--data={config.data.path}" if fold is None else f"--fold={fold}")
+    model, multi_label = saved.model.to(choose_device(config.scale)), saved.labels.multi_label
+    probability, target = classify(model, config, clips, indices, multi_label=multi_label)
     classes = saved.labels.classes
     target = target[:, [clips.classes.index(name) for name in classes]]  # another data set may order them otherwise
     return Evaluation(
         checkpoint=saved.folder,
         part="all clips" if is_foreign else "its own split" if clips.has_split else f"fold {config.data.test_fold}",
         classes=classes,
-        metrics={
-            f"test/{key}": value for key, value in scores(probability, target, multi_label=clips.multi_label).items()
-        },
+        metrics={f"test/{key}": value for key, value in scores(probability, target, multi_label=multi_label).items()},
         clip_ids=tuple(np.array(clips.ids)[indices]),
         probability=probability.numpy(),
         target=target.numpy(),
-        confusion=None if clips.multi_label else confusion(probability, target).numpy(),
+        confusion=None if multi_label else confusion(probability, target).numpy(),
     )
 
 
-def _check_unheard(saved: Saved, clips: Clips, indices: NDArray[np.int64], fold: int) -> None:
+def _check_unheard(saved: Saved, clips: Clips, indices: NDArray[np.int64], asked: str) -> None:
     """Refuses clips that trained the model, which it would name far better than any that it never heard."""
-    trained = split_clips(clips, saved.config.data).train
-    if (num_heard := len(np.intersect1d(indices, trained))) > 0:
+    if (num_heard := _count_heard(saved, clips, indices)) > 0:
         held_out = [each for each in (saved.config.data.test_fold, saved.config.data.valid_fold) if each is not None]
         remedy = f"its own is {' or '.join(map(str, held_out))}" if held_out else "none was held out"
         raise DataError(
-            f"--fold={fold}: {num_heard} of its {len(indices)} clips trained {saved.folder}, so this would be no test; "
+            f"{asked}: {num_heard} of its {len(indices)} clips trained {saved.folder}, so this would be no test; "
             f"name a fold that it never heard ({remedy}), or other data by --data"
         )
 
 
+def _count_heard(saved: Saved, clips: Clips, indices: NDArray[np.int64]) -> int:
+    """Counts clips that trained the model. In another data set these are clips of the same name and the same samples,
+    which can be told while the set that trained it is where it was."""
+    if clips.digest == saved.labels.digest:
+        return len(np.intersect1d(indices, split_clips(clips, saved.config.data).train))
+    data = saved.config.data
+    if not _is_there(saved):
+        return 0
+    own = open_clips(data, saved.config.mel.sample_rate_hz)
+    ids, others = own.ids, clips.ids
+    trained = {ids[clip]: clip for clip in split_clips(own, data).train.tolist()}
+    same = ((trained[others[clip]], clip) for clip in indices.tolist() if others[clip] in trained)
+    return sum(np.array_equal(own.waveform(mine), clips.waveform(other)) for mine, other in same)
+
+
+def _is_there(saved: Saved) -> bool:
+    """Whether the data set that trained the model is still where it was, and still the same."""
+    path = saved.config.data.path
+    return has_card(path) and read_card(path).digest == saved.labels.digest
+
+
 def _check_data(saved: Saved, card: Card, path: str, *, is_given: bool) -> None:
-    """Refuses other classes, and clips that changed under the run's own name, since it may have heard them."""
+    """Refuses other classes, several labels where the model names one, and clips that changed under the run's own name,
+    since it may have heard them."""
     classes = saved.labels.classes
     if set(card.classes) != set(classes):
         raise CheckpointError(
@@ -121,6 +142,16 @@ def _check_data(saved: Saved, card: Card, path: str, *, is_given: bool) -> None:
             f"data.path={path} has changed since {saved.folder} was trained on it (digest {card.digest}, not "
             f"{saved.labels.digest}); name data that it has not heard with --data"
         )
+    if card.multi_label and not saved.labels.multi_label:
+        raise CheckpointError(
+            f"{saved.folder} names one class for each clip, and clips of {path} have several; evaluate on data with one"
+        )
+    has_its_name = Path(path).name == Path(saved.config.data.path).name
+    if card.digest != saved.labels.digest and has_its_name and not _is_there(saved):
+        raise DataError(
+            f"--data={path}: has the name of the data set that trained {saved.folder}, which is not there any more, "
+            "and may hold clips of it; pack clips that it never heard under another name, or train anew"
+        )
 
 
 @torch.no_grad()
@@ -130,10 +161,13 @@ def classify(
     clips: Clips,
     indices: NDArray[np.int64],
     *,
+    multi_label: bool,
+    most_windows: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[Float[Tensor, "clip label"], Float[Tensor, "clip label"]]:
-    """Gives probabilities and targets of clips, in the order of `indices`; a long clip's windows are averaged.
+    """Gives probabilities and targets of clips, in the order of `indices`; a long clip's windows, so many at most, are
+    averaged.
 
     Every rank classifies its share and gets all answers.
     """
@@ -145,6 +179,7 @@ def classify(
         config.train.batch_size,
         seed=0,
         train=False,
+        most_windows=most_windows,
         rank=rank,
         world_size=world_size,
     )
@@ -158,7 +193,7 @@ def classify(
             continue
         with autocast(config, device):
             logits = model(to_float(batch.waveform, device)).float()
-        answer = logits.sigmoid() if clips.multi_label else logits.softmax(1)
+        answer = logits.sigmoid() if multi_label else logits.softmax(1)
         totals.index_add_(
             0, position[torch.from_numpy(batch.index)], torch.nn.functional.pad(answer.cpu(), (0, 1), value=1.0)
         )

@@ -60,12 +60,17 @@ def _predict(clip: str, answers: Sequence[tuple[Evaluation, int]]) -> Prediction
         clip=clip,
         part=first.part,
         label=_join(first.classes, wanted),
-        named=_join(first.classes, _named(probability, is_multi_label)),
+        named=name_labels(probability, first.classes, multi_label=is_multi_label),
         num_models=len(answers),
         num_right=sum(bool((_named(one, is_multi_label) == wanted).all()) for one in each),
         confidence=float(confidence),
         probability=tuple(probability.tolist()),
     )
+
+
+def name_labels(probability: Float[np.ndarray, " label"], classes: Sequence[str], *, multi_label: bool) -> str:
+    """Names the most probable class, or, where a clip may have several, all above one half, separated by `;`."""
+    return _join(classes, _named(probability, multi_label))
 
 
 def _named(probability: Float[np.ndarray, " label"], is_multi_label: bool) -> Bool[np.ndarray, " label"]:

@@ -29,6 +29,8 @@ from meamtm.training.recalibrate import recalibrate
 from meamtm.training.step import Best, Learner, make_learner, set_up_heap, settle_objects, train_step
 
 logger = logging.getLogger(__name__)
+MAX_WINDOWS = 8
+"""Windows into which a validation cuts a long clip, at most; a test hears all of it."""
 NUM_MEASURED = 512
 """Training clips whose spectrograms give mean and deviation; more change neither visibly."""
 
@@ -192,7 +194,14 @@ def _validate(learner: Learner, clips: Clips, indices: NDArray[np.int64], contex
     if len(indices) == 0:
         return {}
     probability, target = classify(
-        learner.evaluated, learner.config, clips, indices, rank=context.rank, world_size=context.world_size
+        learner.evaluated,
+        learner.config,
+        clips,
+        indices,
+        multi_label=clips.multi_label,
+        most_windows=MAX_WINDOWS,
+        rank=context.rank,
+        world_size=context.world_size,
     )
     values = scores(probability, target, multi_label=clips.multi_label)
     return {f"valid/{name}": value for name, value in values.items()}

@@ -1,0 +1,105 @@
+"""What a checkpoint is tested on: clips that it never heard, asked as it was taught, on whatever computes here."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny
+
+from meamtm.config import override
+from meamtm.data.pack import pack
+from meamtm.errors import CheckpointError, DataError
+from meamtm.inference.predict import classify_files
+from meamtm.training.checkpoint import load_model
+from meamtm.training.evaluate import evaluate
+from meamtm.training.run import Outcome, run_here
+
+SHORT = {"train.epochs": 1}
+
+
+def packed_anew(sounds: Path, out: Path, label: str = "{category}", folds: str = "12345") -> Path:
+    """The clips of some folds with other labels."""
+    with (sounds / "synth.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["fold"] in folds]
+    lines = [f"{row['filename']},{label.format(**row)},{row['fold']}\n" for row in rows]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (out.parent / "list.csv").write_text("path,label,fold\n" + "".join(lines))
+    pack(sounds / "audio", out, out.parent / "list.csv")
+    return out
+
+
+@pytest.fixture(scope="module")
+def outcome(packed: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run on folds 2 to 5."""
+    return run_here(tiny(packed, cache_dir, tmp_path_factory.mktemp("runs"), SHORT))
+
+
+def test_clips_that_trained_a_model_are_no_test_in_another_set_either(
+    outcome: Outcome, sounds: Path, tmp_path: Path
+) -> None:
+    """A set that was packed anew since a label was wrong holds mostly what the model has heard."""
+    anew = packed_anew(sounds, tmp_path / "anew")
+    with pytest.raises(
+        DataError, match=r"--data=.*anew: 80 of its 100 clips trained .* \(its own is 1\), or other data"
+    ):
+        evaluate(outcome.folder, str(anew))
+    with pytest.raises(DataError, match=r"--fold=2: 20 of its 20 clips trained"):
+        evaluate(outcome.folder, str(anew), 2)
+    found = evaluate(outcome.folder, str(anew), 1)
+    assert (found.part, len(found.clip_ids)) == ("fold 1", 20)
+    unheard = packed_anew(sounds, tmp_path / "unheard", folds="1")
+    assert len(evaluate(outcome.folder, str(unheard)).clip_ids) == 20
+
+
+def test_a_set_in_the_place_of_the_one_that_trained_a_model_may_hold_what_it_heard(
+    sounds: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    mine = packed_anew(sounds, tmp_path / "mine")
+    outcome = run_here(tiny(mine, cache_dir, tmp_path / "runs", SHORT))
+    shutil.rmtree(mine)
+    packed_anew(sounds, mine, folds="1234")
+    with pytest.raises(
+        DataError, match=r"--data=.*mine: has the name of the data set that trained .* under another name"
+    ):
+        evaluate(outcome.folder, str(mine))
+    with pytest.raises(CheckpointError, match=r"has changed since .* name data that it has not heard with --data"):
+        evaluate(outcome.folder)
+
+
+def test_labels_are_asked_for_as_they_were_taught(
+    outcome: Outcome, sounds: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    several = packed_anew(sounds, tmp_path / "several", "{category};any")
+    with pytest.raises(CheckpointError, match="10 classes"):
+        evaluate(outcome.folder, str(several))
+    swapped = packed_anew(sounds, tmp_path / "swapped", "{category};tone")
+    with pytest.raises(CheckpointError, match=r"names one class for each clip, and clips of .* have several"):
+        evaluate(outcome.folder, str(swapped))
+    taught = run_here(tiny(swapped, cache_dir, tmp_path / "runs", SHORT))
+    single = packed_anew(sounds, tmp_path / "single", folds="1")
+    found = evaluate(taught.folder, str(single))
+    assert found.confusion is None
+    assert "test/map" in found.metrics
+    saved, path = load_model(taught.folder), next((sounds / "audio").glob(f"{found.clip_ids[0]}.wav"))
+    [answer] = classify_files(saved, [path])
+    np.testing.assert_allclose(found.probability[0], answer.values, atol=1e-5)
+
+
+def test_a_test_hears_all_of_a_long_clip_as_predict_does(sounds: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """A validation during training hears eight windows of it at most."""
+    unheard = packed_anew(sounds, tmp_path / "unheard", folds="1")
+    rest = packed_anew(sounds, tmp_path / "rest", folds="2345")
+    changes = {**SHORT, "data.clip_s": 0.05, "mel.hop_ms": 5.0, "data.test_fold": None}
+    outcome = run_here(tiny(rest, cache_dir, tmp_path / "runs", changes))
+    found = evaluate(outcome.folder, str(unheard))
+    paths = [sounds / "audio" / f"{clip}.wav" for clip in found.clip_ids]
+    answers = [answer.values for answer in classify_files(load_model(outcome.folder), paths)]
+    np.testing.assert_allclose(found.probability, np.stack(answers), atol=1e-5)
+
+
+def test_what_gpus_trained_is_tested_on_what_is_here(outcome: Outcome, packed: Path) -> None:
+    """The head node of a cluster, where a job's own process is, may have none."""
+    asked = override(load_model(outcome.folder).config, {"scale.device": "cuda"})
+    assert evaluate(outcome.checkpoint, here=asked).metrics == pytest.approx(evaluate(outcome.checkpoint).metrics)
