@@ -21,12 +21,24 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from meamtm.config import Folder, RunConfig, Section, TrackingConfig, build, flatten, load, parse_changes, read_yaml
+from meamtm.config import (
+    JOB_HOLDS,
+    Folder,
+    RunConfig,
+    Section,
+    TrackingConfig,
+    build,
+    flatten,
+    load,
+    parse_changes,
+    read_yaml,
+)
 from meamtm.errors import ConfigError
 from meamtm.tracking import hide_password, resolve_uri
 from tune.plan import load_plan
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+MLFLOW = "MLFLOW_TRACKING_URI"
 # Anchored by a slash: these are gitignore patterns, and a bare `data` would leave out meamtm/data too.
 EXCLUDES = (
     "/.git/",
@@ -258,6 +270,8 @@ def _environment(job: JobConfig) -> dict[str, str]:
     """Collects the job's environment; a null value is taken from this process."""
     env = {
         "PYTHONUNBUFFERED": "1",
+        JOB_HOLDS["CPU"]: f"{job.cpus:g}",
+        JOB_HOLDS["GPU"]: f"{job.gpus:g}",
         # A stopped job gets what Ctrl-C is on a terminal, where every command ends its MLflow runs. Ray's own choice,
         # SIGTERM, is taken over by ray.init(), which prints a stack trace and leaves.
         "RAY_JOB_STOP_SIGNAL": "SIGINT",
@@ -283,12 +297,11 @@ def _tracking(job: JobConfig, tracking: TrackingConfig, shared: bool) -> dict[st
     """Names the MLflow that the job reports to, absolutely."""
     if not tracking.mlflow:
         return {}
-    if job.tracking_uri is not None:
-        tracking = tracking.model_copy(update={"uri": job.tracking_uri})
-    uri = resolve_uri(tracking)
+    given = job.tracking_uri or tracking.uri or _environment(job).get(MLFLOW)
+    uri = resolve_uri(tracking.model_copy(update={"uri": given}))
     if not shared and uri.startswith("sqlite"):
         raise ConfigError(
             f"tracking_uri={hide_password(uri)} is a file here, which the cluster does not see; "
             f"start `mlflow server` and give its http(s) address"
         )
-    return {"MLFLOW_TRACKING_URI": uri}
+    return {MLFLOW: uri}

@@ -14,8 +14,11 @@ import numpy as np
 
 from meamtm.config import RunConfig, flatten, override, write_yaml
 from meamtm.data.cache import open_clips
+from meamtm.data.clips import Clips
+from meamtm.data.packed import read_card
+from meamtm.data.split import split_clips
 from meamtm.distributed import Heard, run_all
-from meamtm.errors import DataError, ServiceError
+from meamtm.errors import CheckpointError, DataError, ServiceError
 from meamtm.tracking import (
     confusion_figure,
     folds_figure,
@@ -53,6 +56,8 @@ class CrossValidation:
     rows: tuple[FoldRow, ...]
     confusion: list[list[int]] | None
     """Clips by true class (row) and named class (column), over all rows; None where clips have several labels."""
+    digest: str | None = None
+    """Of the data set; None in a result of an earlier version."""
 
     @property
     def folds(self) -> list[int]:
@@ -122,14 +127,16 @@ def evaluate_runs(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> CrossValidation:
     """Trains and tests the runs of each fold and seed, and keeps the result in a folder, under what it is about."""
+    digest = read_card(config.data.path).digest
     if (done := _read(folder)) is not None and _covers(done, runs):
+        _check_digest(done, digest, config.data.path)
         if config.tracking.mlflow and not has_all(folder, resolve_uri(config.tracking)):
             with held(folder):
                 _tell_mlflow(config, done)
         return done
     with held(folder):
         outcomes = run_all(list(runs.values()), heard, should_stop)
-        result = _gather(folder, dict(zip(runs, outcomes, strict=True)))
+        result = _gather(folder, dict(zip(runs, outcomes, strict=True)), digest)
         _write(config, result, [_evaluation(outcome) for outcome in outcomes])
         if config.tracking.mlflow:
             _tell_mlflow(config, result)
@@ -138,7 +145,8 @@ def evaluate_runs(
 
 def plan_runs(config: RunConfig, folds: Sequence[int], num_seeds: int) -> dict[tuple[int, int], RunConfig]:
     """Gives the run of each fold and seed; with `train.keep=best` the next fold around validates."""
-    there = find_folds(config)
+    clips = open_clips(config.data, config.mel.sample_rate_hz)
+    there = _folds_of(clips, config.data.path)
     if lacking := sorted(set(folds) - set(there)):
         raise DataError(
             f"--folds: {config.data.path} has no fold {lacking[0]}; choose from {', '.join(map(str, there))}"
@@ -151,17 +159,24 @@ def plan_runs(config: RunConfig, folds: Sequence[int], num_seeds: int) -> dict[t
             inner = there[(there.index(fold) + 1) % len(there)] if config.train.keep == "best" else None
             changes = {"data.test_fold": fold, "data.valid_fold": inner, "train.seed": seed}
             runs[fold, seed] = override(config, changes)
+    for run in runs.values():
+        split_clips(
+            clips, run.data
+        )  # a class that lies in one fold alone is told now, not after the others have trained
     return runs
 
 
 def find_folds(config: RunConfig) -> list[int]:
     """Gives the folds of a data set, in order; raises DataError where there is nothing to cross."""
-    clips = open_clips(config.data, config.mel.sample_rate_hz)
-    if any(clips.splits):
-        raise DataError(f"data.path={config.data.path}: has its own split; `meamtm train` tests on that")
+    return _folds_of(open_clips(config.data, config.mel.sample_rate_hz), config.data.path)
+
+
+def _folds_of(clips: Clips, path: str) -> list[int]:
+    if clips.has_split:
+        raise DataError(f"data.path={path}: has its own split; `meamtm train` tests on that")
     there = [int(fold) for fold in np.unique(clips.folds)]
     if len(there) < 2:
-        raise DataError(f"data.path={config.data.path}: has one fold; pack at least two clips or groups of each class")
+        raise DataError(f"data.path={path}: has one fold; pack at least two clips or groups of each class")
     return there
 
 
@@ -176,7 +191,15 @@ def _covers(done: CrossValidation, runs: Mapping[tuple[int, int], RunConfig]) ->
     return rows == {key: run_folder(run) for key, run in runs.items()} and all(path.exists() for path in rows.values())
 
 
-def _gather(folder: Path, outcomes: Mapping[tuple[int, int], Outcome]) -> CrossValidation:
+def _check_digest(done: CrossValidation, digest: str, path: str) -> None:
+    if done.digest not in (None, digest):
+        raise CheckpointError(
+            f"{done.folder} was found on other data than {path!r} (digest {done.digest}, not {digest}); set another "
+            "name, or remove that folder and its runs"
+        )
+
+
+def _gather(folder: Path, outcomes: Mapping[tuple[int, int], Outcome], digest: str) -> CrossValidation:
     rows, matrices, classes = [], [], ()
     for (fold, seed), outcome in outcomes.items():
         evaluation = _evaluation(outcome)
@@ -184,7 +207,7 @@ def _gather(folder: Path, outcomes: Mapping[tuple[int, int], Outcome]) -> CrossV
         matrices.append(evaluation.confusion)
         classes = evaluation.classes
     total = None if matrices[0] is None else np.sum(matrices, axis=0).tolist()
-    return CrossValidation(str(folder), classes, tuple(rows), total)
+    return CrossValidation(str(folder), classes, tuple(rows), total, digest)
 
 
 def _evaluation(outcome: Outcome) -> Evaluation:
@@ -213,7 +236,8 @@ def _read(folder: Path) -> CrossValidation | None:
         return None
     fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     rows = tuple(FoldRow(**row) for row in fields["rows"])
-    return CrossValidation(fields["folder"], tuple(fields["classes"]), rows, fields["confusion"])
+    classes, digest = tuple(fields["classes"]), fields.get("digest")
+    return CrossValidation(fields["folder"], classes, rows, fields["confusion"], digest)
 
 
 def _tell_mlflow(config: RunConfig, result: CrossValidation) -> None:

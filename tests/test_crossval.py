@@ -22,7 +22,7 @@ from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
 from meamtm.data.split import split_clips
 from meamtm.distributed import run_all
-from meamtm.errors import DataError, MeamtmError
+from meamtm.errors import CheckpointError, ConfigError, DataError, MeamtmError
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
 from meamtm.training.context import Stopped
@@ -73,6 +73,42 @@ def test_data_with_a_split_of_its_own_has_nothing_to_cross(sounds: Path, cache_d
     pack(sounds, tmp_path / "set", manifest)
     with pytest.raises(DataError, match="has its own split; `meamtm train` tests on that"):
         plan_runs(tiny(tmp_path / "set", cache_dir, tmp_path), [], 1)
+
+
+def test_a_class_that_lies_in_one_fold_alone_is_told_before_anything_trains(
+    sounds: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    files = sorted((sounds / "audio").glob("*.wav"))[:25]
+    labels = ["rare" if number % 5 == 4 else "owl" if number % 2 else "cat" for number in range(25)]
+    lines = [
+        f"audio/{file.name},{label},{number % 5 + 1}"
+        for number, (file, label) in enumerate(zip(files, labels, strict=True))
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,fold", *lines]))
+    pack(sounds, tmp_path / "set", tmp_path / "list.csv")
+    config = tiny(tmp_path / "set", cache_dir, tmp_path / "runs")
+    with pytest.raises(DataError, match=r"no training clip has the class rare \(data\.test_fold=5, "):
+        plan_runs(config, [], 1)
+    assert len(plan_runs(config, [1, 2], 1)) == 2
+
+
+def test_what_was_found_on_other_data_of_the_same_name_is_not_told_again(
+    sounds: Path, packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """As when a wrong label was corrected, and the set packed again."""
+    config = tiny(packed, cache_dir, tmp_path / "runs", {**SHORT, "train.epochs": 1})
+    for fold in (1, 2):
+        run_here(override(config, {"data.test_fold": fold}))
+    cross_validate(config, folds=[1, 2])
+    lines = [line for line in (sounds / "synth.csv").read_text().splitlines() if not line.startswith("5-")]
+    (tmp_path / "corrected.csv").write_text("\n".join(lines))
+    pack(sounds, tmp_path / packed.name, tmp_path / "corrected.csv")
+    again = override(config, {"data.path": str(tmp_path / packed.name)})
+    assert crossval_folder(again) == crossval_folder(config)
+    with pytest.raises(
+        CheckpointError, match=r"was found on other data than .*; set another name, or remove that fold"
+    ):
+        cross_validate(again, folds=[1, 2])
 
 
 @pytest.mark.ray
@@ -174,6 +210,29 @@ def test_one_run_alone_trains_on_the_cluster_that_is_named(  # noqa: PLR0917
     assert outcome.evaluation is not None
     assert len(holders) == 1
     assert (holders != {os.getpid()}) == is_named
+
+
+@pytest.mark.ray
+def test_a_run_does_not_wait_for_what_its_own_job_holds(
+    cluster: None, packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry point that reserves a CPU keeps it until its last run has ended."""
+    import ray
+
+    @ray.remote(num_cpus=1)
+    class EntryPoint:
+        def is_there(self) -> bool:
+            return True
+
+    entry_point = EntryPoint.remote()
+    assert ray.get(entry_point.is_there.remote())
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    monkeypatch.setenv("MEAMTM_JOB_CPUS", "1")
+    (outcome,) = run_all([tiny(packed, cache_dir, tmp_path, SHORT)])
+    assert outcome.evaluation is not None
+    with pytest.raises(ConfigError, match=r"scale\.cpus_per_worker=2 needs 2 CPU, and the cluster has 1"):
+        run_all([tiny(packed, cache_dir, tmp_path, {**SHORT, "scale.cpus_per_worker": 2, "train.seed": 1})])
+    ray.kill(entry_point)
 
 
 @pytest.mark.ray

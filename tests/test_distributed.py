@@ -55,6 +55,41 @@ def test_more_workers_than_the_cluster_has_are_refused(packed: Path, cache_dir: 
         run(config)
 
 
+MIXED_CLUSTER = """
+from ray.cluster_utils import Cluster
+from meamtm.config import ScaleConfig
+from meamtm.distributed import check_resources, connect, disconnect, needs, room_for
+from meamtm.errors import ConfigError
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+cluster.add_node(num_cpus=2, num_gpus=1)
+connect(cluster.address)
+print([room_for(needs(ScaleConfig(device=device))) for device in ("cpu", "cuda")])
+for num_cpus, device in ((6, "auto"), (4, "cuda"), (4, "cpu")):
+    try:
+        check_resources(ScaleConfig(cpus_per_worker=num_cpus, device=device))
+        print("has room")
+    except ConfigError as error:
+        print(error)
+disconnect()
+cluster.shutdown()
+"""
+
+
+def test_what_no_node_has_room_for_is_refused_even_if_all_of_them_together_have() -> None:
+    """Ray would wait for such a node for ever."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", MIXED_CLUSTER]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    rule = (
+        "a worker is on one node, and the cluster's nodes, of 4 CPU, 1 GPU at most, have room for 0; lower one of them"
+    )
+    assert said == [
+        "[6, 1]",
+        *(f"scale.workers=1 x scale.cpus_per_worker={cpus} and scale.gpus_per_worker=1: {rule}" for cpus in (6, 4)),
+        "has room",
+    ]
+
+
 def test_an_address_that_does_not_answer_is_named() -> None:
     code = "from meamtm.distributed import connect; connect('127.0.0.1:9')"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)

@@ -197,6 +197,17 @@ def test_a_job_stays_on_its_cluster_and_its_trackers_password_off_the_command_li
     assert submission.runtime_env["env_vars"]["MLFLOW_TRACKING_URI"] == uri
 
 
+def test_a_job_file_may_name_mlflow_as_a_variable_and_a_job_says_what_it_holds(project: Path) -> None:
+    uri = "http://mlflow:5000"
+    settings = {"kind": "train", "config": "run.yaml", "env": {"MLFLOW_TRACKING_URI": uri}}
+    for place in ({"cpus": 1, "gpus": 0.5}, {"address": REMOTE, "home": "/shared"}):
+        env = prepare(job(**settings, **place)).runtime_env["env_vars"]
+        assert env["MLFLOW_TRACKING_URI"] == uri
+        assert (float(env["MEAMTM_JOB_CPUS"]), float(env["MEAMTM_JOB_GPUS"])) == tuple(
+            place.get(key, 0) for key in ("cpus", "gpus")
+        )
+
+
 def test_ids_are_readable_and_unique(project: Path) -> None:
     ids = {prepare(job(kind="pack", name="sounds", source="sounds", out="out")).id for _ in range(50)}
     assert len(ids) == 50

@@ -15,9 +15,10 @@ import ray.tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from meamtm.config import ScaleConfig
-from meamtm.distributed import check_resources, connect, disconnect, uses_gpu
+from meamtm.distributed import check_resources, connect, connected_for_now, needs, room_for
 from meamtm.tracking import MLflowSink
 from tune.history import requeue, settle, trained
+from tune.limits import refused_starts
 from tune.plan import Plan
 from tune.race import RacingASHA, RacingFIFO
 from tune.record import Recorder
@@ -49,6 +50,8 @@ def run_trials(
         os.environ.setdefault(name, value)
     with _log_of_ray(plan.folder / "ray.log"), _cluster(plan.base.scale):
         search = TruthfulSearch(plan)
+        for refusal in refused_starts(plan, search.study):
+            tell(f"{plan.name}: {refusal}")
         recorder = Recorder(plan, search, parent, tags, tell)
         try:
             _make_tuner(plan, search, recorder, num_trials).fit()
@@ -115,23 +118,16 @@ def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
 
 def _placement(scale: ScaleConfig) -> tuple[dict[str, float], int]:
     """What Ray reserves for a trial's own process, and how many trials the cluster holds."""
-    there, workers = ray.cluster_resources(), max(1, scale.most_workers)
-    needed = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
-    check_resources(scale.model_copy(update={"workers": workers}))
-    slots = min(int(there[kind] / (workers * amount) + 1e-6) for kind, amount in needed.items())
-    return (needed if scale.most_workers == 0 else NOTHING), slots
+    check_resources(scale)
+    slots = max(1, room_for(needs(scale)) // max(1, scale.most_workers))
+    return (needs(scale) if scale.most_workers == 0 else NOTHING), slots
 
 
 @contextmanager
 def _cluster(scale: ScaleConfig) -> Iterator[None]:
-    mine = not ray.is_initialized()
-    if mine:
+    with connected_for_now():
         connect(scale.address, dashboard=scale.most_workers > 0)  # which frees the resources of stopped Ray Train runs
-    try:
         yield
-    finally:
-        if mine:
-            disconnect()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from meamtm.config.flat import (
 )
 from meamtm.config.mel import MelConfig
 from meamtm.config.schema import (
+    JOB_HOLDS,
     AugmentConfig,
     DataConfig,
     LossConfig,
@@ -33,6 +34,7 @@ from meamtm.config.section import Folder, Section
 from meamtm.config.yaml_text import read_yaml
 
 __all__ = [
+    "JOB_HOLDS",
     "WEIGHT_FILES",
     "WEIGHT_SUFFIXES",
     "AugmentConfig",

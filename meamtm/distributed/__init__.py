@@ -1,7 +1,27 @@
 """Where runs happen beyond this process: on Ray, which this room, `tune` and `jobs` alone import."""
 
-from meamtm.distributed.cluster import check_resources, connect, disconnect, uses_gpu
+from meamtm.distributed.cluster import (
+    check_resources,
+    connect,
+    connected_for_now,
+    disconnect,
+    needs,
+    room_for,
+    uses_gpu,
+)
 from meamtm.distributed.side_by_side import Heard, run_all
 from meamtm.distributed.workers import make_trainer, run
 
-__all__ = ["Heard", "check_resources", "connect", "disconnect", "make_trainer", "run", "run_all", "uses_gpu"]
+__all__ = [
+    "Heard",
+    "check_resources",
+    "connect",
+    "connected_for_now",
+    "disconnect",
+    "make_trainer",
+    "needs",
+    "room_for",
+    "run",
+    "run_all",
+    "uses_gpu",
+]

@@ -4,12 +4,13 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import current_thread, main_thread
 from urllib.parse import urlsplit
 
-from meamtm.config import ScaleConfig
+from meamtm.config import JOB_HOLDS, ScaleConfig
 from meamtm.errors import ConfigError, ServiceError
 
 CONNECT_S = 10.0
@@ -79,19 +80,61 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def check_resources(scale: ScaleConfig) -> None:
-    """Refuses to wait forever for CPUs or GPUs that the cluster does not have."""
+@contextmanager
+def connected_for_now() -> Iterator[None]:
+    """Leaves the cluster at the end if it was joined meanwhile; does not load Ray."""
+
+    def is_connected() -> bool:
+        return (ray := sys.modules.get("ray")) is not None and ray.is_initialized()
+
+    before = is_connected()
+    try:
+        yield
+    finally:
+        if is_connected() and not before:
+            disconnect()
+
+
+def nodes() -> list[dict[str, float]]:
+    """Gives what each node has, less what this job's own process holds of its node as long as it lasts."""
     import ray
 
-    wanted = {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
-    there = ray.cluster_resources()
+    here = ray.get_runtime_context().get_node_id()
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            held = {kind: os.environ.get(name, "0") for kind, name in JOB_HOLDS.items() if node["NodeID"] == here}
+            found.append({kind: has - float(held.get(kind, 0)) for kind, has in node["Resources"].items()})
+    return found
+
+
+def needs(scale: ScaleConfig) -> dict[str, float]:
+    """Gives what a worker, or a trial or run without any, takes of one node."""
+    return {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
+
+
+def room_for(wanted: Mapping[str, float]) -> int:
+    """Counts how many processes have room, each of them on one node."""
+    return sum(min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in wanted.items()) for node in nodes())
+
+
+def check_resources(scale: ScaleConfig) -> None:
+    """Refuses to wait forever for CPUs or GPUs that the cluster does not have, or not on one node."""
+    wanted, there, num_workers = needs(scale), nodes(), max(1, scale.least_workers)
     for kind, per_worker in wanted.items():
-        if scale.least_workers * per_worker > there.get(kind, 0):
-            key, needed = f"scale.{kind.lower()}s_per_worker", scale.least_workers * per_worker
+        has, needed = sum(node.get(kind, 0) for node in there), num_workers * per_worker
+        if needed > has:
             raise ConfigError(
-                f"scale.workers={scale.least_workers} x {key}={per_worker:g} needs {needed:g} {kind}, and the "
-                f"cluster has {there.get(kind, 0):g}; lower one of them"
+                f"scale.workers={num_workers} x scale.{kind.lower()}s_per_worker={per_worker:g} needs {needed:g} "
+                f"{kind}, and the cluster has {has:g}; lower one of them"
             )
+    if (room := room_for(wanted)) < num_workers:
+        each = " and ".join(f"scale.{kind.lower()}s_per_worker={amount:g}" for kind, amount in wanted.items())
+        most = ", ".join(f"{max(node.get(kind, 0) for node in there):g} {kind}" for kind in wanted)
+        raise ConfigError(
+            f"scale.workers={num_workers} x {each}: a worker is on one node, and the cluster's nodes, of {most} at "
+            f"most, have room for {room}; lower one of them"
+        )
 
 
 def uses_gpu(scale: ScaleConfig) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, override
 from meamtm.data.packed import read_card
-from meamtm.distributed.cluster import check_resources, connect, named_address, uses_gpu
+from meamtm.distributed.cluster import check_resources, connect, named_address, needs, nodes
 from meamtm.distributed.workers import run
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Listener, Metrics, read_rows
@@ -109,22 +109,21 @@ def _run_in_task(flat: dict[str, Any]) -> Outcome | str:
 
 
 def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
-    """Gives each run an equal share of the cluster's processors, `scale.cpus_per_worker` at least, and its memory.
+    """Gives each run an equal share of the processors of nodes that can take one, `scale.cpus_per_worker` at least, and
+    its memory.
 
     Memory is reserved as far as a node has it; what cannot fit at all is refused by the run itself.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = {kind: max(node.get(kind, 0) for node in nodes) for kind in ("CPU", "memory")}  # no run is on two nodes
-    even = min(math.floor(ray.cluster_resources().get("CPU", 0) / len(todo)), int(most["CPU"]))
+    wanted = needs(scale)
+    able = [node for node in nodes() if all(node.get(kind, 0) >= amount for kind, amount in wanted.items())]
+    largest = max(able, key=lambda node: node["CPU"])  # no run is on two nodes
+    even = math.floor(min(sum(node["CPU"] for node in able) / len(todo), largest["CPU"]))
     config = max(todo.values(), key=lambda config: config.train.batch_size)
     needed = peak_training_bytes(config, len(read_card(config.data.path).classes)) + LIBRARIES_BYTES
-    use_gpu = uses_gpu(scale)
     return {
         "num_cpus": max(scale.cpus_per_worker, even),
-        "num_gpus": scale.gpus_per_worker if use_gpu else 0,
-        "memory": 0 if use_gpu else min(needed, int(most["memory"])),
+        "num_gpus": wanted.get("GPU", 0),
+        "memory": 0 if "GPU" in wanted else min(needed, int(largest.get("memory", 0))),
         "max_retries": scale.max_failures,  # of a process or node that dies; what a run raises is not tried again
         "runtime_env": {"env_vars": {"GOMP_SPINCOUNT": "10000"}},
     }
