@@ -409,6 +409,18 @@ def test_fewer_finalists_than_an_earlier_command_wanted(study: Path) -> None:  #
     assert in_line() == []
 
 
+def test_a_trial_of_two_objectives_that_a_time_budget_cuts_short_is_back_in_line(study: Path) -> None:  # noqa: F811
+    """Told as PRUNED with half of its epochs it would end every later search: TPE asks for the one direction."""
+    search = TruthfulSearch(load_plan(study, ["objective=[valid/accuracy,macs]", "startup_trials=1"]))
+    for name in "ab":
+        search.suggest(name)
+        search.on_trial_result(name, {"epoch": 1, "valid/accuracy": 0.5})
+    search.on_trial_complete("a", {"epoch": 4, "valid/accuracy": 0.5})
+    settle(search.study)
+    assert [trial.state.name for trial in search.study.trials] == ["COMPLETE", "WAITING"]
+    assert [search.suggest(name)["number"] for name in "cd"] == [1, 2]
+
+
 def test_a_finalist_that_a_time_budget_cuts_short_is_back_in_line(study: Path) -> None:  # noqa: F811
     optuna_study = open_study(load_plan(study))
     optuna_study.enqueue_trial({}, user_attrs={"repeats": (0, 1)})

@@ -73,7 +73,9 @@ class StudyConfig(Section):
     startup_trials: int = Field(8, ge=1, description="trials, start points among them, before TPE begins to learn")
     max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as the cluster holds")
     max_failed_trials: int = Field(3, ge=0, description="failed trials that a study survives")
-    time_budget_s: float | None = Field(None, gt=0, description="seconds of searching per command; null: no limit")
+    time_budget_s: float | None = Field(
+        None, gt=0, description="seconds of searching; a study goes on when it is changed; null: no limit"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="of the suggestions; a trial's own seed is train.seed")
     asha: AshaConfig = AshaConfig()
     limits: LimitsConfig = LimitsConfig()

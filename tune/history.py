@@ -137,11 +137,11 @@ def requeue(study: "Study") -> int:
 
 def settle(study: "Study") -> None:
     """Ends trials that a time budget cut short: PRUNED with what they measured, or, without that, back in line, as are
-    finalists, which must train to their end."""
+    finalists, which must train to their end, and trials of several objectives, of which TPE can judge no half."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.intermediate_values and repeat_of(trial) is None:
+        if trial.intermediate_values and repeat_of(trial) is None and len(study.directions) == 1:
             study._storage.set_trial_user_attr(trial._trial_id, "stopped_by", "time_budget_s")
             study.tell(trial.number, state=TrialState.PRUNED)
         else:

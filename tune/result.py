@@ -50,14 +50,20 @@ class Result:
     mlflow_run_id: str | None
     finalists: int = 1
     finalist_seeds: int = 2
+    data_digest: str | None = None
+    """Of the data set; None in a result of an earlier version."""
 
     def covers(self, config: StudyConfig) -> bool:
         """Whether nothing is left to do for a study of so many trials and finalists."""
-        search = [row for row in self.rows if row.repeats is None]
-        enough = sum(row.state in ("COMPLETE", "PRUNED", "FAIL") for row in search) >= config.trials
+        enough = self.num_ended >= config.trials
         same = (self.trials, self.time_budget_s) == (config.trials, config.time_budget_s)
         again = (self.finalists, self.finalist_seeds) == (config.finalists, config.finalist_seeds)
         return (enough or same) and (again or config.finalists == 1)
+
+    @property
+    def num_ended(self) -> int:
+        """Trials of the search that ended, whichever way."""
+        return sum(row.repeats is None and row.state in ("COMPLETE", "PRUNED", "FAIL") for row in self.rows)
 
     @property
     def best_row(self) -> Row:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.samplers import TPESampler
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
@@ -38,6 +38,10 @@ from tune.space import encode
 
 REJECTED_IN_A_ROW = 50
 """Suggestions over the limits or made before, one after another, before a search ends."""
+REPEATED_IN_A_ROW = 5
+"""Suggestions made before, one after another, before the next ones are drawn at random: where a space has few points,
+TPE names the best of them again and again."""
+DRAWS = 1000
 
 STATES = {outcome: TrialState[name] for name, outcome in OUTCOMES.items()}
 
@@ -74,6 +78,9 @@ class TruthfulSearch(OptunaSearch):
         self.check_failures()
         reason, num_repeated = None, 0
         for _ in range(REJECTED_IN_A_ROW):
+            if num_repeated >= REPEATED_IN_A_ROW and not self._draw():
+                self.exhausted = f"{DRAWS:,} points drawn at random were all tried or refused before"
+                return self.FINISHED
             trial = self._ask()
             point = self.plan.space(trial)
             if self._turn_down(trial):
@@ -146,7 +153,9 @@ class TruthfulSearch(OptunaSearch):
     def _ask(self) -> optuna.Trial:
         # Randomness comes from the seed and the trial's number alone. One generator for all trials would begin again
         # in a resumed study and suggest its first trials a second time.
-        self.study.sampler = make_sampler(self.plan, len(self.study.get_trials(deepcopy=False)))
+        trials = self.study.get_trials(deepcopy=False)
+        num_refused = sum(is_rejected(trial) and trial.state == TrialState.PRUNED for trial in trials)
+        self.study.sampler = make_sampler(self.plan, len(trials), num_refused)
         if (repeat := next(iter(waiting_repeats(self.study)), None)) is not None:
             # Optuna would take the lowest number, which may be a trial that a time budget left in line.
             self.study._storage.set_trial_state_values(repeat._trial_id, TrialState.RUNNING)
@@ -196,6 +205,19 @@ class TruthfulSearch(OptunaSearch):
                 return True
         return False
 
+    def _draw(self) -> bool:
+        """Puts a point in line that no trial has had, drawn at random; False where there seems to be none."""
+        trials = self.study.get_trials(deepcopy=False)
+        tried = [trial.params for trial in trials if trial.state != TrialState.FAIL]
+        draws = optuna.create_study(sampler=RandomSampler(_seed(self.plan, len(trials))))
+        for _ in range(DRAWS):
+            drawn = draws.ask()
+            self.plan.space(drawn)
+            if drawn.params not in tried:
+                self.study.enqueue_trial(drawn.params)
+                return True
+        return False
+
     def _keep(self, trial: optuna.Trial, result: Mapping[str, Any]) -> None:
         for attribute, key in {"error": "failure", "checkpoint": "checkpoint_path", "hits": "hits"}.items():
             if result.get(key):
@@ -206,14 +228,19 @@ class TruthfulSearch(OptunaSearch):
             self.study._storage.set_trial_intermediate_value(trial._trial_id, int(epoch), float(value))
 
 
-def make_sampler(plan: Plan, number: int) -> TPESampler:
-    """TPE whose random state belongs to one trial; conditional spaces are searched group by group."""
-    seed = int(np.random.SeedSequence([plan.config.seed, number]).generate_state(1)[0])
+def make_sampler(plan: Plan, number: int, num_refused: int = 0) -> TPESampler:
+    """TPE whose random state belongs to one trial; conditional spaces are searched group by group.
+
+    Optuna counts suggestions that were refused among the trials before which it does not learn."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group`, there since Optuna 2.8
         return TPESampler(
-            seed=seed,
-            n_startup_trials=plan.config.startup_trials,
+            seed=_seed(plan, number),
+            n_startup_trials=plan.config.startup_trials + num_refused,
             multivariate=True,
             group=plan.space.is_conditional,
         )
+
+
+def _seed(plan: Plan, number: int) -> int:
+    return int(np.random.SeedSequence([plan.config.seed, number]).generate_state(1)[0])

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meamtm.config import differences, write_yaml
-from meamtm.errors import ConfigError, MeamtmError
+from meamtm.data.packed import has_card, read_card
+from meamtm.errors import CheckpointError, ConfigError, MeamtmError
 from meamtm.tracking import warn_of_rest
 from meamtm.training.lock import held
 from tune.config import ACCURACY, MAP
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from meamtm.tracking import Metrics, MLflowSink
 
 Tell = Callable[[str], None]
+RECORD_WAIT_S = 60.0
+"""For the report's figures to arrive, over a slow link too, when all is done."""
 
 
 def run_study(plan: Plan, tell: Tell) -> Result:
@@ -47,9 +50,16 @@ def run_study(plan: Plan, tell: Tell) -> Result:
     Raises KeyboardInterrupt when told to stop, after ending every MLflow run; the next call continues. BusyError while
     another process runs the study."""
     if (done := read_result(plan)) is not None and done.covers(plan.config):
+        if has_card(plan.base.data.path):  # what was found can be read without it
+            _check_digest(plan, done.data_digest, read_card(plan.base.data.path).digest)
         if not is_recorded(plan, done):
             with interruptible():
                 _complete_record(plan, done)
+        if plan.config.time_budget_s is not None and done.num_ended < plan.config.trials:
+            tell(
+                f"{plan.name}: {done.num_ended} of {plan.config.trials} trials ended within "
+                f"time_budget_s={plan.config.time_budget_s:g}; with another value of it, or other trials, it goes on"
+            )
         return done
     with interruptible():
         tags = _check_data(plan)
@@ -59,7 +69,9 @@ def run_study(plan: Plan, tell: Tell) -> Result:
 
 def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
     plan.write()
-    study = open_study(plan)
+    study, digest = open_study(plan), tags["data_digest"]
+    _check_digest(plan, study.user_attrs.get("data_digest"), digest)
+    study.set_user_attr("data_digest", digest)
     requeue(study)
     with (parent := _open_parent(plan, study, tags)) or nullcontext():
         _search(plan, study, parent, tags, tell)
@@ -67,7 +79,18 @@ def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
         if parent is not None:
             _record(plan, study, result, parent, tags)
         write_result(plan, result)
+        if parent is not None:
+            parent.close("FINISHED", RECORD_WAIT_S)
         return result
+
+
+def _check_digest(plan: Plan, known: str | None, digest: str) -> None:
+    """Refuses to compare trials that were trained on different data."""
+    if known not in (None, digest):
+        raise CheckpointError(
+            f"{plan.folder}: its trials were trained on other data than {plan.base.data.path!r} (digest {known}, not "
+            f"{digest}); set another name, or remove that folder"
+        )
 
 
 def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mapping[str, str], tell: Tell) -> None:
@@ -97,6 +120,7 @@ def _complete_record(plan: Plan, done: Result) -> None:
             with (parent := _open_parent(plan, study, tags)) or nullcontext():
                 assert parent is not None, "nothing is missing where MLflow is not wanted"
                 _record(plan, study, done, parent, tags)
+                parent.close("FINISHED", RECORD_WAIT_S)
             if Path(done.run_folder).exists():
                 send_rest(absolute(plan.chosen(done.best_row.point)))
     except MeamtmError as error:
@@ -104,7 +128,7 @@ def _complete_record(plan: Plan, done: Result) -> None:
 
 
 def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tell) -> Result:
-    from meamtm.distributed import run_all
+    from meamtm.distributed import connected_for_now, run_all
     from tune.report import write_report
 
     trial = choose(study, plan)
@@ -117,7 +141,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
     header = f"meamtm train {plan.config.studies_dir}/{plan.name}/best.yaml\n{found}"
     write_yaml(plan.folder / "best.yaml", differences(config), header)
     tell(f"trial {trial.number} is the best; it trains again, {_on_what(plan)}and is tested once")
-    with stop_asked() as should_stop:
+    with connected_for_now(), stop_asked() as should_stop:  # the next study's cluster may be another
         (outcome,) = run_all([config], _epoch_lines(config.train.epochs, tell), should_stop)
     result = Result(
         study=plan.name,
@@ -134,6 +158,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
         mlflow_run_id=parent.run_id if parent else None,
         finalists=plan.config.finalists,
         finalist_seeds=plan.config.finalist_seeds,
+        data_digest=study.user_attrs["data_digest"],
     )
     write_report(plan, study)
     return result

@@ -126,7 +126,7 @@ class MLflowSink:
         send = partial(self._open.client.log_artifact, self._open.run_id, str(copy), folder or None)
         self._open.mailbox.put(Call(path.name, send))
 
-    def close(self, status: Status = "FINISHED") -> None:
+    def close(self, status: Status = "FINISHED", wait_s: float | None = None) -> None:
         """Sends what is left, then the run's end; warns of what could not be sent in time."""
         run, self._open = self._open, None
         if run is None:
@@ -138,7 +138,7 @@ class MLflowSink:
             has_ended.set()
 
         run.mailbox.put(Call(f"the end of run {run.run_id}", end))
-        left = run.mailbox.close(self._close_wait_s)
+        left = run.mailbox.close(self._close_wait_s if wait_s is None else wait_s)
         if left:
             num_points = sum(isinstance(item, Point) for item in left)
             logger.warning(
