@@ -1,12 +1,14 @@
 """The searcher tells Optuna the truth, and another searcher over the same file continues the study. No Ray cluster."""
 
 import math
+import re
 
 import pytest
 from optuna.trial import TrialState
 
 from meamtm.errors import ConfigError
 from tune.history import open_study, ranked, requeue, rows, settle, trained
+from tune.limits import refused_starts
 from tune.plan import Plan, load_plan
 from tune.search import TruthfulSearch
 
@@ -119,6 +121,26 @@ def test_start_points_come_first_and_once(tmp_path):
     second = TruthfulSearch(plan).suggest("b")["run"]
     assert (second["optim.schedule"], second["optim.step_gamma"]) == ("step", 0.5)
     assert TruthfulSearch(plan).suggest("c")["number"] == 2
+
+
+def test_start_points_over_the_limits_are_told_once(tmp_path):
+    plan = make_plan(tmp_path, "limits.max_params=40000", "start=[{encoder.heads: 1}, {encoder.heads: 4}]")
+    search = TruthfulSearch(plan)
+    [told] = refused_starts(plan, search.study)
+    assert re.fullmatch(r"start\[1\] is left out: \d+ exceed limits\.max_params=40000", told)
+    assert search.suggest("a")["run"]["encoder.heads"] == 1
+    assert refused_starts(plan, search.study) == []
+
+
+def test_refused_suggestions_are_no_trials_that_tpe_could_learn_from(tmp_path):
+    plan = make_plan(tmp_path, "limits.max_params=40000", "startup_trials=2")
+    search = TruthfulSearch(plan)
+    for number in range(4):
+        search.suggest(str(number))
+    refused = [trial for trial in search.study.trials if "rejected" in trial.user_attrs]
+    search.suggest("last")
+    assert refused
+    assert search.study.sampler._n_startup_trials >= 2 + len(refused)
 
 
 def test_what_exceeds_a_limit_is_rejected_and_not_counted(tmp_path):

@@ -24,7 +24,7 @@ from tiny import TINY
 
 from meamtm.config import load
 from meamtm.data.pack import pack
-from meamtm.errors import ConfigError
+from meamtm.errors import CheckpointError, ConfigError
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
 from meamtm.training.run import absolute, finished, run_folder
@@ -160,6 +160,21 @@ def test_more_trials_continue_the_same_study(finished_study):
     assert len(result.rows) == 4
     assert len({row.point["optim.lr"] for row in result.rows}) == 4
     assert sum(re.match(r" +\d/[24]  trial \d", line) is not None for line in finished_study.lines) == 4
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("words", [[], ["trials=6"]], ids=["its result", "more trials"])
+def test_trials_on_other_data_of_the_same_name_are_another_study(finished_study, sounds, packed, tmp_path, words):
+    """As when a wrong label was corrected, and the set packed again."""
+    lines = [line for line in (sounds / "synth.csv").read_text().splitlines() if not line.startswith("5-")]
+    (tmp_path / "corrected.csv").write_text("\n".join(lines))
+    pack(sounds, tmp_path / packed.name, tmp_path / "corrected.csv")
+    plan = load_plan(finished_study.path, [f"data.path={tmp_path / packed.name}", *words])
+    assert plan.folder == finished_study.plan.folder
+    with pytest.raises(
+        CheckpointError, match=r"its trials were trained on other data than .*set another name, or remove"
+    ):
+        run_study(plan, pytest.fail)
 
 
 @pytest.mark.ray
@@ -469,7 +484,7 @@ def test_a_report_of_a_study_that_never_was_says_so(study, capfd):
 
 
 def test_a_finished_study_is_recognised_without_ray_or_optuna(study):
-    plan = load_plan(study, ["tracking.mlflow=false"])
+    plan = load_plan(study, ["tracking.mlflow=false", "time_budget_s=60"])
     plan.write()
     row = {
         "number": 0,
@@ -485,19 +500,20 @@ def test_a_finished_study_is_recognised_without_ray_or_optuna(study):
         "folder": str(plan.folder),
         "objective": "valid/accuracy",
         "trials": 4,
-        "time_budget_s": None,
+        "time_budget_s": 60.0,
     }
     found = {"rows": [row], "best": 0, "run_folder": "r", "checkpoint": "c", "test": {"test/accuracy": 0.4}}
     (plan.folder / "result.json").write_text(json.dumps({**fields, **found, "mlflow_uri": None, "mlflow_run_id": None}))
     program = (
         "import sys; from tune.__main__ import main\n"
-        f"sys.argv = ['tune', {str(study)!r}, 'tracking.mlflow=false']\n"
+        f"sys.argv = ['tune', {str(study)!r}, 'tracking.mlflow=false', 'time_budget_s=60']\n"
         "try:\n    main()\n"
         "finally:\n    print(sorted({'ray', 'optuna', 'mlflow', 'torch'} & sys.modules.keys()))"
     )
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
     assert "test/accuracy" in ran.stdout
+    assert "1 of 4 trials ended within time_budget_s=60; with another value of it, or other trials, it" in ran.stdout
 
 
 def test_accuracy_is_no_objective_where_clips_have_several_labels(

@@ -68,10 +68,10 @@ def run_study(plan: Plan, tell: Tell) -> Result:
 
 
 def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
-    plan.write()
     study, digest = open_study(plan), tags["data_digest"]
     _check_digest(plan, study.user_attrs.get("data_digest"), digest)
     study.set_user_attr("data_digest", digest)
+    plan.write()
     requeue(study)
     with (parent := _open_parent(plan, study, tags)) or nullcontext():
         _search(plan, study, parent, tags, tell)
