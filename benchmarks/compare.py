@@ -112,9 +112,9 @@ def rows(results: dict[str, CrossValidation]) -> list[dict[str, str]]:
 
 
 def clip_by_clip(result: CrossValidation, base: CrossValidation) -> dict[str, str]:
-    """Compares how many of the models name each clip right; of results older than their predictions, nothing."""
+    """Compares how many of the models name each clip right, of those that both have heard."""
     rights = {each.clip: each.num_right for each in base.predictions()}
-    differences = [each.num_right - rights[each.clip] for each in result.predictions() if rights]
+    differences = [each.num_right - rights[each.clip] for each in result.predictions() if each.clip in rights]
     won, lost = (sum(sign * difference > 0 for difference in differences) for sign in (1, -1))
     if result is base or won + lost == 0:
         return {"won": "-", "lost": "-", "p": "-"}

@@ -29,6 +29,7 @@ from meamtm.tracking import (
     run_id_in,
     warn_of_rest,
 )
+from meamtm.training.checkpoint import newest, taught_by
 from meamtm.training.evaluate import Evaluation
 from meamtm.training.lock import held
 from meamtm.training.predictions import PREDICTIONS, Prediction, gather_predictions, read_predictions, write_predictions
@@ -128,7 +129,7 @@ def evaluate_runs(
 ) -> CrossValidation:
     """Trains and tests the runs of each fold and seed, and keeps the result in a folder, under what it is about."""
     digest = read_card(config.data.path).digest
-    if (done := _read(folder)) is not None and _covers(done, runs):
+    if (done := _read(folder)) is not None and _covers(done, runs) and not _lacks_predictions(done):
         _check_digest(done, digest, config.data.path)
         if config.tracking.mlflow and not has_all(folder, resolve_uri(config.tracking)):
             with held(folder):
@@ -192,11 +193,19 @@ def _covers(done: CrossValidation, runs: Mapping[tuple[int, int], RunConfig]) ->
 
 
 def _check_digest(done: CrossValidation, digest: str, path: str) -> None:
-    if done.digest not in (None, digest):
+    known = done.digest or taught_by(Path(done.rows[0].run_folder))
+    if known not in (None, digest):
         raise CheckpointError(
-            f"{done.folder} was found on other data than {path!r} (digest {done.digest}, not {digest}); set another "
-            "name, or remove that folder and its runs"
+            f"{done.folder} was found on other data than {path!r} (digest {known}, not {digest}); set another name, or "
+            "remove that folder and its runs"
         )
+
+
+def _lacks_predictions(done: CrossValidation) -> bool:
+    """Whether a result of an earlier version lacks predictions, and its runs' checkpoints are there to make them."""
+    if (Path(done.folder) / PREDICTIONS).exists():
+        return False
+    return all(newest(Path(row.run_folder)) is not None for row in done.rows)
 
 
 def _gather(folder: Path, outcomes: Mapping[tuple[int, int], Outcome], digest: str) -> CrossValidation:

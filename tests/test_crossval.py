@@ -103,11 +103,17 @@ def test_what_was_found_on_other_data_of_the_same_name_is_not_told_again(
     lines = [line for line in (sounds / "synth.csv").read_text().splitlines() if not line.startswith("5-")]
     (tmp_path / "corrected.csv").write_text("\n".join(lines))
     pack(sounds, tmp_path / packed.name, tmp_path / "corrected.csv")
+    (crossval_folder(config) / "predictions.csv").unlink()  # as a version had it that did not write them
+    assert len(cross_validate(config, folds=[1, 2]).predictions()) == 40
     again = override(config, {"data.path": str(tmp_path / packed.name)})
     assert crossval_folder(again) == crossval_folder(config)
     with pytest.raises(
         CheckpointError, match=r"was found on other data than .*; set another name, or remove that fold"
     ):
+        cross_validate(again, folds=[1, 2])
+    summary = crossval_folder(config) / "crossval.json"
+    summary.write_text(summary.read_text().replace('"digest":', '"unknown":'))  # as that version had it
+    with pytest.raises(CheckpointError, match="was found on other data than"):
         cross_validate(again, folds=[1, 2])
 
 

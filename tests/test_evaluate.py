@@ -23,10 +23,10 @@ def packed_anew(sounds: Path, out: Path, label: str = "{category}", folds: str =
     """The clips of some folds with other labels."""
     with (sounds / "synth.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["fold"] in folds]
-    lines = [f"{row['filename']},{label.format(**row)},{row['fold']}\n" for row in rows]
+    lines = [f"audio/{row['filename']},{label.format(**row)},{row['fold']}\n" for row in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
     (out.parent / "list.csv").write_text("path,label,fold\n" + "".join(lines))
-    pack(sounds / "audio", out, out.parent / "list.csv")
+    pack(sounds, out, out.parent / "list.csv")
     return out
 
 
@@ -82,7 +82,7 @@ def test_labels_are_asked_for_as_they_were_taught(
     found = evaluate(taught.folder, str(single))
     assert found.confusion is None
     assert "test/map" in found.metrics
-    saved, path = load_model(taught.folder), next((sounds / "audio").glob(f"{found.clip_ids[0]}.wav"))
+    saved, path = load_model(taught.folder), sounds / f"{found.clip_ids[0]}.wav"
     [answer] = classify_files(saved, [path])
     np.testing.assert_allclose(found.probability[0], answer.values, atol=1e-5)
 
@@ -94,7 +94,7 @@ def test_a_test_hears_all_of_a_long_clip_as_predict_does(sounds: Path, cache_dir
     changes = {**SHORT, "data.clip_s": 0.05, "mel.hop_ms": 5.0, "data.test_fold": None}
     outcome = run_here(tiny(rest, cache_dir, tmp_path / "runs", changes))
     found = evaluate(outcome.folder, str(unheard))
-    paths = [sounds / "audio" / f"{clip}.wav" for clip in found.clip_ids]
+    paths = [sounds / f"{clip}.wav" for clip in found.clip_ids]
     answers = [answer.values for answer in classify_files(load_model(outcome.folder), paths)]
     np.testing.assert_allclose(found.probability, np.stack(answers), atol=1e-5)
 

@@ -51,14 +51,6 @@ def test_a_split_that_came_with_the_data_is_honoured(clips: Clips) -> None:
     assert set(clips.folds[split.test]) == {5}
 
 
-def test_without_a_test_its_clips_train_whatever_the_split_says(clips: Clips) -> None:
-    names = ["train" if fold < 4 else "valid" if fold == 4 else "test" for fold in clips.folds]
-    split = split_clips(with_columns(clips, split=names), choose(test_fold=None, valid_fold=None))
-    assert set(clips.folds[split.train]) == {1, 2, 3, 5}
-    assert set(clips.folds[split.valid]) == {4}
-    assert len(split.test) == 0
-
-
 def test_a_class_of_which_no_clip_could_be_used_is_named(clips: Clips) -> None:
     targets = clips.targets.copy()
     targets[:, 2] = 0

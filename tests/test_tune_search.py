@@ -8,7 +8,6 @@ from optuna.trial import TrialState
 
 from meamtm.errors import ConfigError
 from tune.history import open_study, ranked, requeue, rows, settle, trained
-from tune.limits import refused_starts
 from tune.plan import Plan, load_plan
 from tune.search import TruthfulSearch
 
@@ -123,13 +122,30 @@ def test_start_points_come_first_and_once(tmp_path):
     assert TruthfulSearch(plan).suggest("c")["number"] == 2
 
 
-def test_start_points_over_the_limits_are_told_once(tmp_path):
-    plan = make_plan(tmp_path, "limits.max_params=40000", "start=[{encoder.heads: 1}, {encoder.heads: 4}]")
+def test_start_points_over_the_limits_are_told(tmp_path):
+    plan = make_plan(tmp_path, "limits.max_params=40000", "start=[{encoder.heads: 4}, {encoder.heads: 1}]")
     search = TruthfulSearch(plan)
-    [told] = refused_starts(plan, search.study)
-    assert re.fullmatch(r"start\[1\] is left out: \d+ exceed limits\.max_params=40000", told)
     assert search.suggest("a")["run"]["encoder.heads"] == 1
-    assert refused_starts(plan, search.study) == []
+    [told] = search.refusals
+    assert re.fullmatch(
+        r"the start point \{'encoder\.heads': 4\} is left out: \d+ exceed limits\.max_params=40000", told
+    )
+
+
+def test_what_fails_is_not_tried_again_unless_its_worker_died(tmp_path):
+    no = ("space.optim.lr=null", "space.optim.step_gamma=null", "space.optim.schedule=null")
+    search = TruthfulSearch(make_plan(tmp_path, *no, "space.encoder.heads={int: [1, 3]}"))
+    heads = [search.suggest(name)["run"]["encoder.heads"] for name in "abc"]
+    search.on_trial_complete("a", report(search, "a", math.nan))
+    search.on_trial_complete("b", error=True)
+    search.on_trial_complete("c", report(search, "c", 0.1, 0.2, 0.3))
+    assert search.suggest("d")["run"]["encoder.heads"] == heads[1]
+    search.on_trial_complete("d", error=True)
+    found = search.suggest("e")
+    while found != search.FINISHED:
+        assert found["run"]["encoder.heads"] == heads[1], "TPE may name it once more"
+        found = search.suggest("f")
+    assert search.exhausted is not None
 
 
 def test_refused_suggestions_are_no_trials_that_tpe_could_learn_from(tmp_path):

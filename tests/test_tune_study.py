@@ -513,7 +513,7 @@ def test_a_finished_study_is_recognised_without_ray_or_optuna(study):
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
     assert "test/accuracy" in ran.stdout
-    assert "1 of 4 trials ended within time_budget_s=60; with another value of it, or other trials, it" in ran.stdout
+    assert "1 of 4 trials ended before time_budget_s=60 was up or nothing new was left to try; with" in ran.stdout
 
 
 def test_accuracy_is_no_objective_where_clips_have_several_labels(

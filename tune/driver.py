@@ -18,7 +18,6 @@ from meamtm.config import ScaleConfig
 from meamtm.distributed import check_resources, connect, connected_for_now, needs, room_for
 from meamtm.tracking import MLflowSink
 from tune.history import requeue, settle, trained
-from tune.limits import refused_starts
 from tune.plan import Plan
 from tune.race import RacingASHA, RacingFIFO
 from tune.record import Recorder
@@ -50,8 +49,6 @@ def run_trials(
         os.environ.setdefault(name, value)
     with _log_of_ray(plan.folder / "ray.log"), _cluster(plan.base.scale):
         search = TruthfulSearch(plan)
-        for refusal in refused_starts(plan, search.study):
-            tell(f"{plan.name}: {refusal}")
         recorder = Recorder(plan, search, parent, tags, tell)
         try:
             _make_tuner(plan, search, recorder, num_trials).fit()

@@ -1,22 +1,10 @@
 """A suggestion -> by how much its model exceeds the study's limits, before anything trains."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from meamtm.config import Value
 from meamtm.errors import ConfigError
 from tune.plan import Plan
-
-if TYPE_CHECKING:
-    from optuna import Study
-
-
-def refused_starts(plan: Plan, study: "Study") -> list[str]:
-    """Says which start points the limits refuse; nothing once the study has begun, when it was said."""
-    if any(trial.state.name != "WAITING" for trial in study.get_trials(deepcopy=False)):
-        return []
-    found = [(position, excess(plan, position, point)[1]) for position, point in enumerate(plan.config.start)]
-    return [f"start[{position}] is left out: {reason}" for position, reason in found if reason is not None]
 
 
 def excess(plan: Plan, number: int, point: Mapping[str, Value]) -> tuple[float, str | None]:

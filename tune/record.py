@@ -42,7 +42,9 @@ class Recorder(ray.tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """Opens the trial's MLflow run, or continues the one it had."""
+        """Opens the trial's MLflow run, or continues the one it had; tells what was refused before it."""
+        while self.search.refusals:
+            self.tell(f"{self.plan.name}: {self.search.refusals.pop(0)}")
         self.began_s.setdefault(trial.trial_id, time.monotonic())
         if trial.trial_id not in self.sinks:
             self._open(trial)

@@ -91,16 +91,16 @@ def is_recorded(plan: Plan, done: Result) -> bool:
         if row.state in OUTCOMES:
             run = plan.trial(row.number, row.point, row.seed)
             if _has_begun(plan, run):
-                ends[_folder(run)] = ENDS[OUTCOMES[row.state]]
+                ends[run_folder_of(run)] = ENDS[OUTCOMES[row.state]]
     return all(has_all(folder, uri, end) for folder, end in ends.items())
 
 
 def _has_begun(plan: Plan, run: RunConfig) -> bool:
     """Whether a trial has left anything; one that failed at once has nothing to show."""
-    return any(_folder(one).exists() for one in (run, *plan.runs(run)))
+    return any(run_folder_of(one).exists() for one in (run, *plan.runs(run)))
 
 
-def _folder(run: RunConfig) -> Path:
+def run_folder_of(run: RunConfig) -> Path:
     """As `meamtm.training.run.run_folder` has it, without torch."""
     return Path(run.runs_dir).resolve() / run_name(run)
 
@@ -110,7 +110,7 @@ def send_trials(plan: Plan, study: "Study", parent: MLflowSink, tags: Mapping[st
     for trial in ended(study):
         outcome = OUTCOMES[trial.state.name]
         run = plan.trial(trial.number, point_of(trial), seed_of(trial))
-        if not _has_begun(plan, run) or has_all(_folder(run), parent.uri, ENDS[outcome]):
+        if not _has_begun(plan, run) or has_all(run_folder_of(run), parent.uri, ENDS[outcome]):
             continue
         try:
             sink = start_child(plan, parent, trial, tags, from_step=plan.num_epochs)

@@ -34,7 +34,7 @@ from tune.history import (
 )
 from tune.limits import excess
 from tune.plan import Plan
-from tune.space import encode
+from tune.space import decode, encode
 
 REJECTED_IN_A_ROW = 50
 """Suggestions over the limits or made before, one after another, before a search ends."""
@@ -42,6 +42,8 @@ REPEATED_IN_A_ROW = 5
 """Suggestions made before, one after another, before the next ones are drawn at random: where a space has few points,
 TPE names the best of them again and again."""
 DRAWS = 1000
+DIED = "its worker died"
+"""What may go otherwise the next time."""
 
 STATES = {outcome: TrialState[name] for name, outcome in OUTCOMES.items()}
 
@@ -61,6 +63,8 @@ class TruthfulSearch(OptunaSearch):
         self.plan = plan
         self.exhausted: str | None = None
         """Why the search ended early: nothing new is suggested any more."""
+        self.refusals: list[str] = []
+        """Start points that were refused, of which the user has not been told."""
         for point in plan.config.start:
             encoded = {key: encode(value) for key, value in point.items()}
             self.study.enqueue_trial(encoded, skip_if_exists=True)
@@ -124,9 +128,7 @@ class TruthfulSearch(OptunaSearch):
         if result:
             self._keep(trial, result)
         if ended == "failed" and "error" not in trial.user_attrs:
-            trial.set_user_attr(
-                "error", "its worker died" if error else f"no finite {self.plan.config.metric} was reported"
-            )
+            trial.set_user_attr("error", DIED if error else f"no finite {self.plan.config.metric} was reported")
         values = [result[self.plan.config.metric]] if result and ended == "complete" else None
         if values is not None and self.plan.config.cost is not None:
             values.append(self._cost(trial))
@@ -186,20 +188,24 @@ class TruthfulSearch(OptunaSearch):
         if not trial.constraints:
             trial.set_constraint("limits", over)
         if reason is not None:
+            given = self.study._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
+            if given and "drawn" not in trial.user_attrs:
+                point = {key: decode(value) for key, value in given.items()}
+                self.refusals.append(f"the start point {point} is left out: {reason}")
             trial.set_user_attr("rejected", reason)
             self.study.tell(trial, state=TrialState.PRUNED)
         return reason
 
     def _turn_down(self, trial: optuna.Trial) -> bool:
-        """Ends a suggestion that would repeat an earlier trial bit for bit; failed ones may be tried again.
+        """Ends a suggestion that would repeat an earlier trial bit for bit; one whose worker died may be tried again.
 
         It is told as FAIL, of which TPE takes no notice: PRUNED would call the point a bad one."""
         if repeat_of(trial) is not None:
             return False
-        there = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
-        for other in self.study.get_trials(deepcopy=False, states=there):
+        for other in self.study.get_trials(deepcopy=False):
             same = other.number != trial.number and other.params == trial.params
-            if same and not is_rejected(other) and repeat_of(other) is None:
+            has_died = other.user_attrs.get("error") == DIED
+            if same and not is_rejected(other) and not has_died and repeat_of(other) is None:
                 trial.set_user_attr("rejected", f"trial {other.number} is the same")
                 self.study.tell(trial, state=TrialState.FAIL)
                 return True
@@ -208,13 +214,14 @@ class TruthfulSearch(OptunaSearch):
     def _draw(self) -> bool:
         """Puts a point in line that no trial has had, drawn at random; False where there seems to be none."""
         trials = self.study.get_trials(deepcopy=False)
-        tried = [trial.params for trial in trials if trial.state != TrialState.FAIL]
+        died = [trial.params for trial in trials if trial.user_attrs.get("error") == DIED]
+        tried = [trial.params for trial in trials if died.count(trial.params) != 1]
         draws = optuna.create_study(sampler=RandomSampler(_seed(self.plan, len(trials))))
         for _ in range(DRAWS):
             drawn = draws.ask()
             self.plan.space(drawn)
             if drawn.params not in tried:
-                self.study.enqueue_trial(drawn.params)
+                self.study.enqueue_trial(drawn.params, user_attrs={"drawn": True})
                 return True
         return False
 

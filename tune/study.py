@@ -4,14 +4,14 @@ The study's folder is its only memory. The same command continues what was inter
 without starting Ray."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meamtm.config import differences, write_yaml
-from meamtm.data.packed import has_card, read_card
+from meamtm.data.packed import digest_of
 from meamtm.errors import CheckpointError, ConfigError, MeamtmError
 from meamtm.tracking import warn_of_rest
 from meamtm.training.lock import held
@@ -30,8 +30,8 @@ from tune.history import (
 )
 from tune.interrupt import interruptible, stop_asked
 from tune.plan import Plan
-from tune.result import Result, read_result, write_result
-from tune.runs import is_recorded, send_trials
+from tune.result import Result, Row, read_result, write_result
+from tune.runs import is_recorded, run_folder_of, send_trials
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -50,15 +50,16 @@ def run_study(plan: Plan, tell: Tell) -> Result:
     Raises KeyboardInterrupt when told to stop, after ending every MLflow run; the next call continues. BusyError while
     another process runs the study."""
     if (done := read_result(plan)) is not None and done.covers(plan.config):
-        if has_card(plan.base.data.path):  # what was found can be read without it
-            _check_digest(plan, done.data_digest, read_card(plan.base.data.path).digest)
+        if (digest := digest_of(plan.base.data.path)) is not None:  # what was found can be read without it
+            _check_digest(plan, done.data_digest or _digest_of_trials(plan, done.rows), digest)
         if not is_recorded(plan, done):
             with interruptible():
                 _complete_record(plan, done)
         if plan.config.time_budget_s is not None and done.num_ended < plan.config.trials:
             tell(
-                f"{plan.name}: {done.num_ended} of {plan.config.trials} trials ended within "
-                f"time_budget_s={plan.config.time_budget_s:g}; with another value of it, or other trials, it goes on"
+                f"{plan.name}: {done.num_ended} of {plan.config.trials} trials ended before "
+                f"time_budget_s={plan.config.time_budget_s:g} was up or nothing new was left to try; with another "
+                "value of it, or other trials, the study goes on"
             )
         return done
     with interruptible():
@@ -69,7 +70,7 @@ def run_study(plan: Plan, tell: Tell) -> Result:
 
 def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
     study, digest = open_study(plan), tags["data_digest"]
-    _check_digest(plan, study.user_attrs.get("data_digest"), digest)
+    _check_digest(plan, study.user_attrs.get("data_digest") or _digest_of_trials(plan, rows(study)), digest)
     study.set_user_attr("data_digest", digest)
     plan.write()
     requeue(study)
@@ -91,6 +92,18 @@ def _check_digest(plan: Plan, known: str | None, digest: str) -> None:
             f"{plan.folder}: its trials were trained on other data than {plan.base.data.path!r} (digest {known}, not "
             f"{digest}); set another name, or remove that folder"
         )
+
+
+def _digest_of_trials(plan: Plan, trials: Iterable[Row]) -> str | None:
+    """Asks the checkpoints of a study of an earlier version, which did not keep the digest itself."""
+    for row in trials:
+        for run in plan.runs(plan.trial(row.number, row.point, row.seed)) if row.state != "WAITING" else ():
+            if run_folder_of(run).exists():
+                from meamtm.training.checkpoint import taught_by
+
+                if (digest := taught_by(run_folder_of(run))) is not None:
+                    return digest
+    return None
 
 
 def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mapping[str, str], tell: Tell) -> None:
@@ -133,7 +146,10 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
 
     trial = choose(study, plan)
     if trial is None:
-        raise ConfigError(f"{plan.name}: no trial has measured {plan.config.metric}; raise time_budget_s or trials")
+        raise ConfigError(
+            f"{plan.name}: no trial has measured {plan.config.metric} so far; the same command goes on, or raise "
+            "time_budget_s or trials"
+        )
     config = plan.chosen(point_of(trial))
     found = f"{plan.name}, trial {trial.number}: {plan.config.metric} {value_of(trial):.4f}"
     if again := repeats(study, trial.number):

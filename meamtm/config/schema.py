@@ -26,7 +26,8 @@ class DataConfig(Section):
     )
     test_fold: int | None = Field(
         default=1,
-        description="held out for `evaluate` alone; null: every clip may train, those of a split's `test` too",
+        description="held out for `evaluate` alone; null: every clip may train, but what a split of the "
+        "data set's own holds out",
     )
     valid_fold: int | None = Field(
         default=None, description="inner fold for choices (tuning, early stopping); null: its clips train too"

@@ -63,10 +63,12 @@ def read_card(path: str | Path) -> Card:
     return card
 
 
-def has_card(path: str | Path) -> bool:
-    """Whether there is a packed data set at a path or URI."""
-    files, folder = _filesystem(str(path))
-    return files.get_file_info(f"{folder}/{CARD}").is_file
+def digest_of(path: str | Path) -> str | None:
+    """Gives the digest of the packed data set at a path; None where there is none, or none that can be read here."""
+    try:
+        return read_card(path).digest
+    except DataError:
+        return None
 
 
 class Packed:

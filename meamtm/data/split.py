@@ -23,13 +23,11 @@ class Split:
 def split_clips(clips: Clips, data: DataConfig) -> Split:
     """Splits by the data set's own `split` column if it has one, by `data.test_fold` and `data.valid_fold` otherwise.
 
-    Without `data.test_fold` nothing is held out for a test: the clips of the column's `test` train too.
     DataError when a fold does not exist, a class has no clip to train on, or a group would be in two parts.
     """
     if clips.has_split:
         given = np.array(clips.splits, object)
-        train, valid, test = (given == name for name in ("train", "valid", "test"))
-        parts = [train | test, valid, test & False] if data.test_fold is None else [train, valid, test]
+        parts = [given == name for name in ("train", "valid", "test")]
     else:
         test, valid = _fold(clips, data, "test_fold"), _fold(clips, data, "valid_fold")
         parts = [~(test | valid), valid & ~test, test]

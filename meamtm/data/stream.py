@@ -1,7 +1,9 @@
 """Waveforms decoded on demand, for sets larger than the disk: nothing is written, little is kept."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from jaxtyping import Int16, Int64
@@ -28,9 +30,12 @@ class StreamedWaveforms:
         return read_audio(self._encoded(clip), self._sample_rate_hz)[0]
 
     def fill(self, clips: Numbers, starts: Numbers, rows: Int16[np.ndarray, "batch time"]) -> None:
-        """Decodes each clip and copies its part."""
-        encoded = [self._encoded(clip) for clip in clips.tolist()]
-        list(self._threads.map(self._fill_row, encoded, starts.tolist(), rows))
+        """Decodes each clip, once for all of its windows, and copies its parts."""
+        places = defaultdict(list)
+        for row, clip in enumerate(clips.tolist()):
+            places[clip].append(row)
+        encoded = [self._encoded(clip) for clip in places]
+        list(self._threads.map(partial(self._fill_rows, starts, rows), encoded, places.values()))
 
     def pools(self) -> Int64[np.ndarray, " clip"]:
         """The row group of each clip."""
@@ -40,7 +45,12 @@ class StreamedWaveforms:
         row_group = int(self._row_groups[clip])
         return self._sounds(row_group)[clip - int(self._first_clip[row_group])]
 
-    def _fill_row(self, encoded: bytes, start: int, row: Int16[np.ndarray, " time"]) -> None:
-        heard = read_audio(encoded, self._sample_rate_hz)[0][start : start + len(row)]
-        row[: len(heard)] = heard
-        row[len(heard) :] = 0
+    def _fill_rows(
+        self, starts: Numbers, rows: Int16[np.ndarray, "batch time"], encoded: bytes, places: Sequence[int]
+    ) -> None:
+        waveform = read_audio(encoded, self._sample_rate_hz)[0]
+        for place in places:
+            row, start = rows[place], int(starts[place])
+            heard = waveform[start : start + len(row)]
+            row[: len(heard)] = heard
+            row[len(heard) :] = 0

@@ -114,12 +114,14 @@ def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
 
     Memory is reserved as far as a node has it; what cannot fit at all is refused by the run itself.
     """
-    wanted = needs(scale)
-    able = [node for node in nodes() if all(node.get(kind, 0) >= amount for kind, amount in wanted.items())]
-    largest = max(able, key=lambda node: node["CPU"])  # no run is on two nodes
-    even = math.floor(min(sum(node["CPU"] for node in able) / len(todo), largest["CPU"]))
     config = max(todo.values(), key=lambda config: config.train.batch_size)
     needed = peak_training_bytes(config, len(read_card(config.data.path).classes)) + LIBRARIES_BYTES
+    wanted = needs(scale)
+    able = [node for node in nodes() if all(node.get(kind, 0) >= amount for kind, amount in wanted.items())]
+    if "GPU" not in wanted:
+        able = [node for node in able if node.get("memory", 0) >= needed] or able
+    largest = max(able, key=lambda node: node["CPU"])  # no run is on two nodes
+    even = math.floor(min(sum(node["CPU"] for node in able) / len(todo), largest["CPU"]))
     return {
         "num_cpus": max(scale.cpus_per_worker, even),
         "num_gpus": wanted.get("GPU", 0),

@@ -187,6 +187,12 @@ def read_labels(folder: Path) -> Labels:
     return labels
 
 
+def taught_by(run_folder: Path) -> str | None:
+    """Gives the digest of the data set that taught a run's newest checkpoint; None where it has none."""
+    found = newest(run_folder, to_train=False)
+    return read_labels(found).digest if found is not None else None
+
+
 def check_origin(folder: Path, labels: Labels, data_path: str) -> None:
     """Raises CheckpointError if another data set than this one has taught a run."""
     found = read_labels(folder)

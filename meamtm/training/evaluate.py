@@ -1,5 +1,6 @@
 """A checkpoint and a data set -> honest numbers. Nothing else ever reads the test fold."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from meamtm.config import RunConfig, flatten, override
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
-from meamtm.data.packed import Card, has_card, read_card
+from meamtm.data.packed import Card, digest_of, read_card
 from meamtm.data.split import split_clips
 from meamtm.errors import CheckpointError, DataError
 from meamtm.model.precision import autocast
@@ -108,24 +109,26 @@ def _check_unheard(saved: Saved, clips: Clips, indices: NDArray[np.int64], asked
 
 
 def _count_heard(saved: Saved, clips: Clips, indices: NDArray[np.int64]) -> int:
-    """Counts clips that trained the model. In another data set these are clips of the same name and the same samples,
-    which can be told while the set that trained it is where it was."""
+    """Counts clips that trained the model. In another data set these are clips of the same samples, which can be told
+    while the set that trained it is where it was."""
     if clips.digest == saved.labels.digest:
         return len(np.intersect1d(indices, split_clips(clips, saved.config.data).train))
-    data = saved.config.data
     if not _is_there(saved):
         return 0
-    own = open_clips(data, saved.config.mel.sample_rate_hz)
-    ids, others = own.ids, clips.ids
-    trained = {ids[clip]: clip for clip in split_clips(own, data).train.tolist()}
-    same = ((trained[others[clip]], clip) for clip in indices.tolist() if others[clip] in trained)
-    return sum(np.array_equal(own.waveform(mine), clips.waveform(other)) for mine, other in same)
+    own = open_clips(saved.config.data, saved.config.mel.sample_rate_hz)
+    trained = split_clips(own, saved.config.data).train
+    like_these = trained[np.isin(own.num_samples[trained], clips.num_samples[indices])]
+    heard = {_samples(own, clip) for clip in like_these.tolist()}
+    return sum(_samples(clips, clip) in heard for clip in indices.tolist())
+
+
+def _samples(clips: Clips, clip: int) -> bytes:
+    return hashlib.sha256(clips.waveform(clip).tobytes()).digest()
 
 
 def _is_there(saved: Saved) -> bool:
     """Whether the data set that trained the model is still where it was, and still the same."""
-    path = saved.config.data.path
-    return has_card(path) and read_card(path).digest == saved.labels.digest
+    return digest_of(saved.config.data.path) == saved.labels.digest
 
 
 def _check_data(saved: Saved, card: Card, path: str, *, is_given: bool) -> None:
