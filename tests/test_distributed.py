@@ -99,21 +99,28 @@ def test_an_address_that_does_not_answer_is_named() -> None:
 ANOTHER_CLUSTER = """
 import ray
 from ray.cluster_utils import Cluster
-from meamtm.distributed import connect, disconnect
+from meamtm.distributed import connect, connected_for_now
 somebodys = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-connect(None)
-print(somebodys.address, ray.get_runtime_context().gcs_address)
-disconnect()
+with connected_for_now():
+    connect(None)
+    with connected_for_now():
+        connect(None)
+    print("still", ray.is_initialized())
+    print(somebodys.address, ray.get_runtime_context().gcs_address)
+print("now", ray.is_initialized())
 somebodys.shutdown()
 """
 
 
 def test_a_run_without_an_address_does_not_join_what_somebody_has_started_here() -> None:
-    """Ray would, and wait for a minute when they stop it."""
+    """Ray would, and wait for a minute when they stop it. A study's last run leaves its cluster: the next may need one
+    of its own, with a dashboard."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     command = [sys.executable, "-c", ANOTHER_CLUSTER]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    somebodys, ours = done.stdout.split()[-2:]
+    still, addresses, now = done.stdout.splitlines()[-3:]
+    assert (still, now) == ("still True", "now False")
+    somebodys, ours = addresses.split()
     assert somebodys != ours
 
 
