@@ -160,10 +160,8 @@ def plan_runs(config: RunConfig, folds: Sequence[int], num_seeds: int) -> dict[t
             inner = there[(there.index(fold) + 1) % len(there)] if config.train.keep == "best" else None
             changes = {"data.test_fold": fold, "data.valid_fold": inner, "train.seed": seed}
             runs[fold, seed] = override(config, changes)
-    for run in runs.values():
-        split_clips(
-            clips, run.data
-        )  # a class that lies in one fold alone is told now, not after the others have trained
+    for run in runs.values():  # a class that lies in one fold alone is told now, not after the others have trained
+        split_clips(clips, run.data)
     return runs
 
 
