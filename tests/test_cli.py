@@ -137,6 +137,7 @@ def test_a_run_folder_holds_the_whole_record(world: World) -> None:
         "test/confusion.png",
         "test/metrics.json",
         "test/per_class.csv",
+        "test/predictions.csv",
     }
     assert sorted(path.name for path in world.run_folder.glob("epoch-*")) == ["epoch-00002", "epoch-00003"]
     rows = [json.loads(line) for line in (world.run_folder / "metrics.jsonl").read_text().splitlines()]

@@ -182,6 +182,7 @@ def test_a_run_leaves_its_record_and_a_second_one_only_reads_it(packed: Path, ca
         "metrics.json",
         "confusion.png",
         "per_class.csv",
+        "predictions.csv",
     }
     written = (outcome.folder / "metrics.jsonl").stat().st_mtime_ns
     again = run_here(config)
