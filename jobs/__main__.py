@@ -39,7 +39,8 @@ def submit(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="submit only; do not follow the log")] = False,
 ) -> None:
     """Copy this folder to the cluster, start the job and follow its log."""
-    from jobs.spec import load_job, prepare
+    from jobs.config import load_job
+    from jobs.spec import prepare
     from meamtm.tracking import hide_password
 
     submission = prepare(load_job(job, words or []))

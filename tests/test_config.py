@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import meamtm.config
-from jobs.spec import load_job
+from jobs.config import load_job
 from meamtm.config import (
     RunConfig,
     describe,

@@ -29,17 +29,8 @@ from hypothesis import strategies as st
 from mlflow.entities import Run
 
 from jobs.__main__ import main, same_cluster
-from jobs.spec import (
-    DEFAULT_ADDRESS,
-    JobConfig,
-    Submission,
-    conceal,
-    find_address,
-    is_this_machine,
-    load_job,
-    make_word,
-    prepare,
-)
+from jobs.config import DEFAULT_ADDRESS, JobConfig, load_job
+from jobs.spec import Submission, conceal, find_address, is_this_machine, make_word, prepare
 from meamtm.config import build, parse_changes
 from meamtm.data.pack import read_card
 from meamtm.errors import ConfigError, ServiceError

@@ -184,7 +184,9 @@ def _check_enough(source: Source, kept: Sequence[Sound], rejected: Sequence[Soun
             f"of at least two{first}; correct the files or their list"
         )
     if empty := [name for name in source.classes if not counts[name]]:
-        logger.warning("no usable clip has the class %s; training will ask for one, or leave it out", ", ".join(empty))
+        logger.warning(
+            "no usable clip has the class %s; add one or leave the class out, or training refuses", ", ".join(empty)
+        )
 
 
 def _write_rejected(path: Path, rejected: Sequence[Sound]) -> None:

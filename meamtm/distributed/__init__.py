@@ -7,7 +7,6 @@ from meamtm.distributed.cluster import (
     disconnect,
     needs,
     room_for,
-    uses_gpu,
 )
 from meamtm.distributed.side_by_side import Heard, run_all
 from meamtm.distributed.workers import make_trainer, run
@@ -23,5 +22,4 @@ __all__ = [
     "room_for",
     "run",
     "run_all",
-    "uses_gpu",
 ]

@@ -58,7 +58,7 @@ def _run_side_by_side(
 
     scale = next(iter(todo.values())).scale
     connect(scale.address)
-    check_resources(scale.model_copy(update={"workers": 1}))
+    check_resources(scale)
     options = _share(todo, scale)
     task = ray.remote(**options)(_run_in_task)
     threads = scale.threads or max(1, int(options["num_cpus"]))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from meamtm.config import RunConfig, flatten, from_flat, run_name
-from meamtm.distributed.cluster import ENVIRONMENT, check_resources, connect, uses_gpu
+from meamtm.distributed.cluster import ENVIRONMENT, check_resources, connect, needs
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Sink
 from meamtm.training.checkpoint import NUM_KEPT, newest
@@ -88,8 +88,8 @@ def make_trainer(
 
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     scale = config.scale
-    use_gpu = uses_gpu(scale)
-    per_worker = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if use_gpu else {})
+    per_worker = needs(scale)
+    use_gpu = "GPU" in per_worker
     threads = str(scale.threads or max(1, int(scale.cpus_per_worker)))
     return ray.train.torch.TorchTrainer(
         _train_on_worker,
