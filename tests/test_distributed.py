@@ -1,6 +1,7 @@
 """A run on real Ray Train workers: same numbers as a plain one, mistakes told."""
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from tiny import PLAIN, Record, local, tiny
 
 from meamtm.distributed import run
+from meamtm.distributed.cluster import is_of_this_machine
 from meamtm.errors import ConfigError
 from meamtm.training.train import train
 
@@ -122,6 +124,60 @@ def test_a_run_without_an_address_does_not_join_what_somebody_has_started_here()
     assert (still, now) == ("still True", "now False")
     somebodys, ours = addresses.split()
     assert somebodys != ours
+
+
+SOMEBODYS = """
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+print(cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
+JOINS = """
+import sys
+from meamtm.distributed import connect
+from meamtm.errors import ServiceError
+try:
+    connect(sys.argv[1])
+    print("joined")
+except ServiceError as error:
+    print(error)
+"""
+
+
+@pytest.mark.ray
+def test_a_cluster_on_this_machine_is_sent_the_token_that_it_asks_for(tmp_path: Path) -> None:
+    """As `ray start` asks for one where one has been made; Ray's drivers keep it from an address that is named."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    with_token = environment | {"HOME": str(tmp_path)}
+
+    def joins(address: str, env: dict[str, str]) -> str:
+        command = [sys.executable, "-c", JOINS, address]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert not done.stderr
+        return done.stdout.strip()
+
+    command = [sys.executable, "-c", SOMEBODYS]
+    with subprocess.Popen(
+        command, env=with_token | {"RAY_AUTH_MODE": "token"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as somebodys:
+        try:
+            assert somebodys.stdout is not None
+            address = somebodys.stdout.readline().strip()
+            assert joins(address, with_token) == "joined"
+            assert joins(address, environment | {"RAY_AUTH_MODE": "token", "HOME": "/nowhere"}) == (
+                f"scale.address={address}: no token found here; where the cluster asks for a token, set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE (or keep the token in ~/.ray/auth_token)"
+            )
+        finally:
+            somebodys.communicate("\n")
+
+
+def test_the_token_is_sent_to_this_machine_alone() -> None:
+    assert all(is_of_this_machine(host) for host in ("localhost", "127.0.0.1", "::1"))
+    assert not any(is_of_this_machine(host) for host in ("198.51.100.7", "no-such-host.invalid", ""))
 
 
 OUR_CLUSTER = """

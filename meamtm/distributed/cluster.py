@@ -8,12 +8,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import current_thread, main_thread
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from meamtm.config import JOB_HOLDS, ScaleConfig
 from meamtm.errors import ConfigError, ServiceError
 
 CONNECT_S = 10.0
+REMEDY = (
+    "where the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE (or keep the token in "
+    "~/.ray/auth_token)"
+)
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
@@ -25,14 +29,17 @@ ENVIRONMENT = {
 def connect(address: str | None = None, *, dashboard: bool = False) -> None:
     """Joins the Ray cluster at `scale.address` or RAY_ADDRESS, or starts one on this machine; once per process."""
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         return
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    logging.getLogger("ray").setLevel(logging.ERROR)
     address = named_address(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if address is not None:
+    if address not in (None, "auto", "local"):  # the two are Ray's own words
         _check_answers(address)
+        _offer_token(address)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -40,10 +47,13 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
             with _on_loopback():
                 # Without "local" Ray would join what somebody has started here, and lose it when they stop it.
                 ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise ServiceError(f"scale.address={address or 'null'}: no token found here; {REMEDY}") from error
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ServiceError(
-            f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); start a "
-            f"cluster with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
+            f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); {REMEDY}; "
+            f"start a cluster with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this "
+            f"machine"
         ) from error
     for number, handler in handlers.items():  # Ray has put its own in the place of ours
         if callable(handler) and current_thread() is main_thread():
@@ -146,12 +156,33 @@ def uses_gpu(scale: ScaleConfig) -> bool:
     return scale.device == "cuda"
 
 
-def _check_answers(address: str) -> None:
-    """Knocks at HOST:PORT or ray://HOST:PORT; `auto` and `local` are Ray's own words."""
-    if address in ("auto", "local"):
-        return
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
+def _offer_token(address: str) -> None:
+    """Has Ray send this machine's token, where there is one, to a cluster on this machine, which may ask for it.
+
+    `ray start` asks for it by itself; Ray's drivers send it to no address that is named, unless RAY_AUTH_MODE=token.
+    No other machine is sent a token unasked.
+    """
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    if is_of_this_machine(_parts(address).hostname or ""):
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def is_of_this_machine(host: str) -> bool:
+    """Tells whether one can listen at an address, which only its own machine can."""
     try:
+        family, *_, (ip, *_) = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as own:
+            own.bind((ip, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _check_answers(address: str) -> None:
+    """Knocks at HOST:PORT or ray://HOST:PORT."""
+    try:
+        parts = _parts(address)
         with socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=CONNECT_S):
             return
     except (OSError, ValueError) as error:
@@ -159,6 +190,10 @@ def _check_answers(address: str) -> None:
             f"scale.address={address}: no Ray cluster answers there ({error}); check host and port, start one with "
             f"`ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
         ) from error
+
+
+def _parts(address: str) -> SplitResult:
+    return urlsplit(address if "://" in address else f"ray://{address}")
 
 
 def _first_line(error: BaseException) -> str:
