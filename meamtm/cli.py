@@ -13,7 +13,7 @@ import typer
 
 from meamtm.errors import FULL_DISK, MeamtmError
 from meamtm.screen import bar, counting, epoch_bar, leave_quickly, numbers, run_bars, steps, stop_on_signal
-from meamtm.tables import print_answers, print_crossval, print_evaluation, print_settings
+from meamtm.tables import print_answers, print_crossval, print_evaluation, print_settings, print_written
 
 if TYPE_CHECKING:
     from meamtm.config import RunConfig
@@ -224,20 +224,20 @@ def predict(
     checkpoint: Checkpoint,
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="audio files, or folders of them")],
     out: Annotated[Path | None, typer.Option(help="CSV to write instead of the table")] = None,
+    each_window: Annotated[bool, typer.Option("--each-window", help="name each window, with its times")] = False,
 ) -> None:
     """Name the sounds in audio files."""
-    from meamtm.inference.predict import classify_files, find_audio, write_csv
+    from meamtm.inference.predict import classify_files, classify_windows, find_audio, write_csv
 
     _check_folder(out)
     saved, files = _load(checkpoint), find_audio(paths)
-    answers = _collect(classify_files(saved, files), len(files))
+    heard = classify_windows(saved, files) if each_window else ([each] for each in classify_files(saved, files))
+    answers = _collect(heard, len(files))
     if out is not None:
         write_csv(out, saved.labels, answers)
-        num_heard = sum(answer.values is not None for answer in answers)
-        unheard = f" ({len(answers) - num_heard} could not be heard, and are listed with the reason)"
-        typer.echo(f"{num_heard} files{unheard if num_heard < len(answers) else ''}: {out}")
-        return
-    print_answers(answers, saved.labels)
+        print_written(out, answers)
+    else:
+        print_answers(answers, saved.labels)
 
 
 @app.command()
@@ -251,7 +251,7 @@ def embed(
 
     _check_folder(out)
     saved, files = _load(checkpoint), find_audio(paths)
-    answers = _collect(embed_files(saved, files), len(files))
+    answers = _collect(([each] for each in embed_files(saved, files)), len(files))
     for answer in answers:
         if answer.values is None:
             typer.echo(f"{answer.path}: {answer.problem}", err=True)
@@ -276,11 +276,11 @@ def _check_folder(out: Path | None) -> None:
         raise MeamtmError(f"--out={out}: cannot be written; name a file in a folder that exists")
 
 
-def _collect(answers: "Iterator[Answer]", num_files: int) -> "list[Answer]":
+def _collect(answers: "Iterator[list[Answer]]", num_files: int) -> "list[Answer]":
     from meamtm.inference.predict import check_any
 
     with bar() as progress:
-        collected = list(progress.track(answers, num_files, description="listening"))
+        collected = [each for file in progress.track(answers, num_files, description="listening") for each in file]
     check_any(collected)
     return collected
 

@@ -1,6 +1,7 @@
 """What the `meamtm` command answers with: tables of settings, of tests and of files."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -69,14 +70,17 @@ def print_evaluation(evaluation: "Evaluation") -> None:
 
 
 def print_answers(answers: "Sequence[Answer]", labels: "Labels") -> None:
-    """Prints each file's class and the next best one, or why it could not be heard; where a clip may have several
-    labels, all that are above one half and the best of the others."""
+    """Prints the class of each file or window and the next best one, or why it could not be heard; where a clip may
+    have several labels, all that are above one half and the best of the others."""
     classes = labels.classes
     table = Table("file", "class", "probability", "next")
     table.columns[0].overflow = "fold"
     for answer in answers:
+        place = str(answer.path)
+        if answer.span_s is not None:
+            place += " {:.1f}-{:.1f} s".format(*answer.span_s)
         if answer.values is None:
-            table.add_row(str(answer.path), answer.problem, "", "", style="dim")
+            table.add_row(place, answer.problem, "", "", style="dim")
             continue
         order = [int(label) for label in answer.values.argsort()[::-1]]
         num_named = int((answer.values > 0.5).sum()) if labels.multi_label else 1
@@ -85,8 +89,19 @@ def print_answers(answers: "Sequence[Answer]", labels: "Labels") -> None:
             f"{classes[label]} {answer.values[label]:.3f}" for label in order[num_named : num_named + 1]
         )
         named = ";".join(classes[label] for label in order[:num_named])
-        table.add_row(str(answer.path), named, shares, next_best)
+        table.add_row(place, named, shares, next_best)
     console.print(table)
+
+
+def print_written(out: Path, answers: "Sequence[Answer]") -> None:
+    """Prints how many files, or windows of files, are answered in a CSV, and how many not."""
+    heard = [answer for answer in answers if answer.values is not None]
+    files = f"{len(heard)} files"
+    if any(answer.span_s for answer in heard):
+        files = f"{len(heard)} windows of {len({answer.path for answer in heard})} files"
+    num_unheard = len(answers) - len(heard)
+    unheard = f" ({num_unheard} could not be heard, and are listed with the reason)" if num_unheard else ""
+    typer.echo(f"{files}{unheard}: {out}")
 
 
 def _print_mistaken(predictions: "Sequence[Prediction]") -> None:

@@ -237,6 +237,26 @@ def test_predict_writes_a_csv(world: World, tmp_path: Path) -> None:
     assert all(sum(float(row[name]) for name in world.classes) == pytest.approx(1, abs=1e-4) for row in rows)
 
 
+def test_predict_names_each_window_of_a_long_recording(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    clip, rate_hz = soundfile.read(sorted((world.folder / "sounds").rglob("*.wav"))[0])
+    soundfile.write(tmp_path / "long.wav", np.tile(clip, 3), rate_hz)
+    (tmp_path / "text.wav").write_text("text")
+    clip_s = len(clip) / rate_hz
+    shown = meamtm_command("predict", world.run_folder, tmp_path, "--each-window").out
+    named = [line.split("│")[2].strip() for line in shown.splitlines() if "long.wav" in line]
+    assert len(named) == 3
+    assert f"long.wav {clip_s:.1f}-{2 * clip_s:.1f} s" in shown
+    done = meamtm_command("predict", world.run_folder, tmp_path, "--each-window", "--out", tmp_path / "out.csv")
+    assert done.out == (
+        f"3 windows of 1 files (1 could not be heard, and are listed with the reason): {tmp_path / 'out.csv'}\n"
+    )
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == [*named, ""]
+
+
 def test_predict_agrees_with_evaluate(world: World, tmp_path: Path) -> None:
     meamtm_command("predict", world.run_folder, "sounds", "--out", tmp_path / "out.csv")
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:

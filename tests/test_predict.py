@@ -11,7 +11,16 @@ import torch
 
 from meamtm.config import from_flat
 from meamtm.errors import DataError
-from meamtm.inference.predict import Answer, check_any, classify_files, embed_files, find_audio, write_csv, write_npz
+from meamtm.inference.predict import (
+    Answer,
+    check_any,
+    classify_files,
+    classify_windows,
+    embed_files,
+    find_audio,
+    write_csv,
+    write_npz,
+)
 from meamtm.model.transformer import AudioTransformer
 from meamtm.tables import print_answers
 from meamtm.training.checkpoint import Labels, Saved
@@ -98,6 +107,32 @@ def test_a_long_file_is_the_mean_of_windows_that_cover_it(saved: Saved, tmp_path
     [answer] = heard(classify_files(saved, [write(tmp_path / "a.wav", noise(10_000))]))
     windows = [noise(10_000)[start : start + 4_000] for start in (0, 3_000, 6_000)]
     np.testing.assert_allclose(answer, np.mean([expected(saved, part) for part in windows], axis=0), atol=1e-6)
+
+
+def test_each_window_of_a_file_is_answered_with_its_times(saved: Saved, tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path / "long.wav", noise(10_000)),
+        write(tmp_path / "short.wav", noise(700)),
+        tmp_path / "text.wav",
+    ]
+    paths[2].write_text("text")
+    long, short, text = classify_windows(saved, paths)
+    assert [answer.span_s for answer in long] == [(0, 0.5), (0.375, 0.875), (0.75, 1.25)]
+    for values, start in zip(heard(long), (0, 3_000, 6_000), strict=True):
+        np.testing.assert_allclose(values, expected(saved, noise(10_000)[start : start + 4_000]), atol=1e-6)
+    assert [answer.span_s for answer in short] == [(0, 700 / RATE_HZ)]
+    write_csv(tmp_path / "out.csv", Labels(CLASSES, False, "digest"), [*long, *short, *text])
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "start_s", "end_s", "class", *CLASSES, "problem"]
+    assert [(row["start_s"], row["end_s"]) for row in rows] == [
+        ("0.000", "0.500"),
+        ("0.375", "0.875"),
+        ("0.750", "1.250"),
+        ("0.000", "0.087"),
+        ("", ""),
+    ]
+    assert [bool(row["class"]) for row in rows] == [True] * 4 + [False]
 
 
 def test_files_are_heard_in_the_precision_that_tests_are_made_in(saved: Saved, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Audio files and a checkpoint -> probabilities or embeddings, file by file."""
+"""Audio files and a checkpoint -> probabilities or embeddings, file by file or window by window."""
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +24,13 @@ WINDOWS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Answer:
-    """What one file gave: numbers, or the reason why not."""
+    """What one file gave, or one window of it: numbers, or the reason why not."""
 
     path: Path
     values: Float32[np.ndarray, " value"] | None
     problem: str = ""
+    span_s: tuple[float, float] | None = None
+    """Where a window begins and ends; None for a file as a whole."""
 
 
 def find_audio(paths: Sequence[Path]) -> list[Path]:
@@ -50,14 +52,17 @@ def find_audio(paths: Sequence[Path]) -> list[Path]:
 
 def classify_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
     """Gives each file's probabilities (label,), the mean over windows of the length that the model was trained on."""
-    for path in paths:
-        yield _answer(saved, path, lambda waveform: _probabilities(saved, waveform))
+    return map(_mean, classify_windows(saved, paths))
+
+
+def classify_windows(saved: Saved, paths: Sequence[Path]) -> Iterator[list[Answer]]:
+    """Gives the probabilities (label,) of each window of each file, in order; they cover a file evenly."""
+    return (_hear(saved, path, lambda waveform: _probabilities(saved, waveform)) for path in paths)
 
 
 def embed_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
     """Gives each file's embedding (width,), the mean over its windows."""
-    for path in paths:
-        yield _answer(saved, path, saved.model.features)
+    return (_mean(_hear(saved, path, saved.model.features)) for path in paths)
 
 
 def check_any(answers: Sequence[Answer]) -> None:
@@ -69,18 +74,20 @@ def check_any(answers: Sequence[Answer]) -> None:
 
 
 def write_csv(out: Path, labels: Labels, answers: Sequence[Answer]) -> None:
-    """Writes one line per file: its class, or, where a clip may have several, all that are above one half, separated by
-    `;`; every class's probability; and what was wrong with it."""
+    """Writes one line per file, or per window with its begin and end in seconds: its class, or, where a clip may have
+    several, all that are above one half, separated by `;`; every class's probability; and what was wrong with it."""
     classes = labels.classes
+    has_spans = any(answer.span_s for answer in answers)
     with out.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "class", *classes, "problem"])
+        writer.writerow(["path", *(("start_s", "end_s") if has_spans else ()), "class", *classes, "problem"])
         for answer in answers:
+            span = [f"{time_s:.3f}" for time_s in answer.span_s] if answer.span_s else [""] * 2 * has_spans
             if answer.values is None:
-                writer.writerow([answer.path, "", *[""] * len(classes), answer.problem])
+                writer.writerow([answer.path, *span, "", *[""] * len(classes), answer.problem])
             else:
                 named = name_labels(answer.values, classes, multi_label=labels.multi_label)
-                writer.writerow([answer.path, named, *(f"{value:.6f}" for value in answer.values), ""])
+                writer.writerow([answer.path, *span, named, *(f"{value:.6f}" for value in answer.values), ""])
 
 
 def write_npz(out: Path, answers: Sequence[Answer]) -> int:
@@ -91,13 +98,15 @@ def write_npz(out: Path, answers: Sequence[Answer]) -> int:
     return len(good)
 
 
-def _answer(saved: Saved, path: Path, function: Callable[[Tensor], Tensor]) -> Answer:
+def _hear(saved: Saved, path: Path, function: Callable[[Tensor], Tensor]) -> list[Answer]:
+    """Gives an answer for each window of a file, or one that says why it cannot be heard."""
+    rate_hz = saved.config.mel.sample_rate_hz
     try:
-        samples, _ = read_audio(path, saved.config.mel.sample_rate_hz)
+        samples, _ = read_audio(path, rate_hz)
     except DataError as error:
-        return Answer(path, None, str(error))
-    device, window = saved.model.mel.mean.device, saved.config.clip_samples
-    _, starts = cut_windows(np.array([max(len(samples) - window, 0)]), window)
+        return [Answer(path, None, str(error))]
+    device, window, num_samples = saved.model.mel.mean.device, saved.config.clip_samples, len(samples)
+    _, starts = cut_windows(np.array([max(num_samples - window, 0)]), window)
     samples = np.pad(samples, (0, max(window - len(samples), 0)))
     parts = []
     with torch.inference_mode(), autocast(saved.config, device):
@@ -105,7 +114,15 @@ def _answer(saved: Saved, path: Path, function: Callable[[Tensor], Tensor]) -> A
             some = starts[first : first + WINDOWS_AT_ONCE].tolist()
             windows = np.stack([samples[start : start + window] for start in some])  # (batch, window)
             parts.append(function(to_float(windows, device)).float())
-    return Answer(path, torch.cat(parts).mean(0).cpu().numpy())
+    spans_s = [(start / rate_hz, min(start + window, num_samples) / rate_hz) for start in starts.tolist()]
+    values = torch.cat(parts).cpu().numpy()  # (window, value)
+    return [Answer(path, each, "", span_s) for each, span_s in zip(values, spans_s, strict=True)]
+
+
+def _mean(windows: list[Answer]) -> Answer:
+    """Makes one answer of those of a file's windows."""
+    values = [window.values for window in windows if window.values is not None]
+    return Answer(windows[0].path, np.mean(values, axis=0) if values else None, windows[0].problem)
 
 
 def _probabilities(saved: Saved, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch label"]:
