@@ -257,6 +257,19 @@ def test_predict_names_each_window_of_a_long_recording(
         assert [row["class"] for row in csv.DictReader(file)] == [*named, ""]
 
 
+def test_the_readme_names_sounds_from_python(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    sound = sorted((world.folder / "sounds").rglob("*.wav"))[0]
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.+?)```", readme, re.DOTALL)
+    for ours, here in {"runs/mine-XXXXXXXX": world.run_folder, "field/morning.wav": sound}.items():
+        assert ours in code
+        code = code.replace(ours, str(here))
+    exec(code, {})  # noqa: S102
+    said = capsys.readouterr().out
+    assert said.startswith(f"{sound} {{")
+    assert all(repr(name) in said for name in world.classes)
+
+
 def test_predict_agrees_with_evaluate(world: World, tmp_path: Path) -> None:
     meamtm_command("predict", world.run_folder, "sounds", "--out", tmp_path / "out.csv")
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:

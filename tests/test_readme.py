@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
-    if line.strip()
+    if line.strip() and not language
 ]
 
 
