@@ -35,8 +35,8 @@ audit: $(STAMP)  ## known holes in the packages that are installed, where the ne
 			exit $$code;; \
 	esac
 
-bench: $(STAMP)  ## figures of this machine: a table on the screen, JSON beside the scripts
+bench: $(STAMP)  ## figures of this machine, some from data/esc10 (see the README): a table on the screen, JSON beside the scripts
 	@for script in $(filter-out $(addprefix benchmarks/,contest.py compare.py few_shot.py mislabelled.py),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
-clean:  ## everything that the commands above made, runs and data sets included
-	rm -rf .venv data runs studies mlflow.db mlartifacts
+clean:  ## what the commands above made; your own data, runs and studies stay
+	rm -rf .venv data/synth data/synth-packed studies/quickstart-* runs/quickstart-*

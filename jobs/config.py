@@ -47,7 +47,8 @@ class JobConfig(Section):
         None, description=f"Ray's dashboard; null: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if http, then {DEFAULT_ADDRESS}"
     )
     shares_files: bool | None = Field(
-        None, description="does the cluster read this machine's files? null: yes if the address is this machine's own"
+        None,
+        description="does the cluster read this machine's files? null: yes if the address is 127.0.0.1 or localhost",
     )
     home: str | None = Field(
         None, description="folder on the cluster that relative paths start from; null: working_dir, if files are shared"

@@ -12,7 +12,7 @@ import pytest
 from tiny import PLAIN, Record, local, tiny
 
 from meamtm.distributed import run
-from meamtm.distributed.cluster import is_of_this_machine
+from meamtm.distributed.cluster import check_answers, is_of_this_machine
 from meamtm.errors import ConfigError
 from meamtm.training.train import train
 
@@ -96,6 +96,11 @@ def test_an_address_that_does_not_answer_is_named() -> None:
     code = "from meamtm.distributed import connect; connect('127.0.0.1:9')"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert "ServiceError: scale.address=127.0.0.1:9: no Ray cluster answers there" in done.stderr
+
+
+def test_a_dashboards_address_is_no_clusters() -> None:
+    with pytest.raises(ConfigError, match=r"scale\.address=http://127\.0\.0\.1:8265 is a dashboard's, .*HOST:6379"):
+        check_answers("http://127.0.0.1:8265")
 
 
 ANOTHER_CLUSTER = """

@@ -58,7 +58,7 @@ def test_without_test_clips_it_says_so_before_it_trains(sounds: Path, cache_dir:
 @pytest.mark.parametrize(
     ("parts", "changes", "message"),
     [
-        (WHOLE, {"inner_folds": [2, 3]}, r"inner_folds=\[2, 3\]: .* folds decide nothing; leave inner_folds out"),
+        (WHOLE, {"inner_folds": [2, 3]}, r"inner_folds=\[2, 3\]: .* folds decide nothing; set inner_folds=\[\], and"),
         (NO_VALID, {}, "no clip of its split is for validation, on which a study chooses; pack it with some"),
         (NO_TEST, {}, r"data\.test_fold=1: .*no clip is for testing"),
     ],

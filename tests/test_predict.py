@@ -117,8 +117,8 @@ def test_each_window_of_a_file_is_answered_with_its_times(saved: Saved, tmp_path
     ]
     paths[2].write_text("text")
     long, short, text = classify_windows(saved, paths)
-    assert [answer.span_s for answer in long] == [(0, 0.5), (0.375, 0.875), (0.75, 1.25)]
-    for values, start in zip(heard(long), (0, 3_000, 6_000), strict=True):
+    assert [answer.span_s for answer in long] == [(0, 0.5), (0.5, 1.0), (0.75, 1.25)]
+    for values, start in zip(heard(long), (0, 4_000, 6_000), strict=True):
         np.testing.assert_allclose(values, expected(saved, noise(10_000)[start : start + 4_000]), atol=1e-6)
     assert [answer.span_s for answer in short] == [(0, 700 / RATE_HZ)]
     write_csv(tmp_path / "out.csv", Labels(CLASSES, False, "digest"), [*long, *short, *text])
@@ -127,7 +127,7 @@ def test_each_window_of_a_file_is_answered_with_its_times(saved: Saved, tmp_path
     assert list(rows[0]) == ["path", "start_s", "end_s", "class", *CLASSES, "problem"]
     assert [(row["start_s"], row["end_s"]) for row in rows] == [
         ("0.000", "0.500"),
-        ("0.375", "0.875"),
+        ("0.500", "1.000"),
         ("0.750", "1.250"),
         ("0.000", "0.087"),
         ("", ""),

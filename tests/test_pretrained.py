@@ -22,7 +22,7 @@ from tiny import PLAIN, local, tiny
 from torch import Tensor, nn
 from transformers import ASTConfig, ASTForAudioClassification, ASTModel
 
-from meamtm.config import EncoderConfig, OptimConfig, from_flat
+from meamtm.config import EncoderConfig, OptimConfig, from_flat, parse_changes
 from meamtm.errors import CheckpointError, ConfigError
 from meamtm.model.encoder import Encoder
 from meamtm.model.pretrained import Borrowed, borrow, fit_positions
@@ -460,6 +460,17 @@ def test_another_size_is_refused_with_what_to_set(changes: dict[str, Any], messa
     path, _ = deit(DISTILLED)
     with pytest.raises(ConfigError, match=f"^{re.escape(f'encoder.pretrained={path} {message}')}"):
         begun(path, DEIT | changes, (128, 100))
+
+
+def test_what_to_set_instead_of_a_preset_of_another_size_fits(deit: Deit) -> None:
+    path, _ = deit(DISTILLED)
+    with pytest.raises(ConfigError, match=r"; set encoder\.preset=none encoder\.stem=patch ") as refused:
+        begun(path, {"preset": "ast_base"}, (128, 100))
+    words = str(refused.value).partition("; set ")[2].split()
+    remedy = {key.removeprefix("encoder."): value for key, value in parse_changes(words).items()}
+    assert remedy["stride"] == [10, 10]
+    fresh = begun(path, remedy, (128, 100))[1].fresh
+    assert set(fresh) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}  # the classes are others
 
 
 def test_heads_that_a_file_does_not_tell_are_the_users(tmp_path: Path) -> None:

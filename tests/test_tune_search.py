@@ -239,6 +239,12 @@ def test_too_many_failures_end_the_study(tmp_path):
         ConfigError, match="max_failed_trials=1: 2 trials have failed, the last of them, trial 1, by: its worker died"
     ):
         search.suggest("c")
+    again = TruthfulSearch(make_plan(tmp_path, "max_failed_trials=1"))  # the same command, where there is room again
+    for trial_id in "de":
+        again.suggest(trial_id)
+        again.on_trial_complete(trial_id, error=True)
+    with pytest.raises(ConfigError, match="2 trials have failed"):
+        again.suggest("f")
 
 
 def test_a_time_budget_prunes_what_it_cuts_short(plan):

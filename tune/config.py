@@ -72,7 +72,9 @@ class StudyConfig(Section):
     trials: int = Field(20, ge=1, le=100_000, description="trials in all, those of earlier commands included")
     startup_trials: int = Field(8, ge=1, description="trials, start points among them, before TPE begins to learn")
     max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as the cluster holds")
-    max_failed_trials: int = Field(3, ge=0, description="failed trials that a study survives")
+    max_failed_trials: int = Field(
+        3, ge=0, description="failed trials that a search survives; the same command may go on"
+    )
     time_budget_s: float | None = Field(
         None, gt=0, description="seconds of searching; a study goes on when it is changed; null: no limit"
     )

@@ -65,6 +65,7 @@ class TruthfulSearch(OptunaSearch):
         """Why the search ended early: nothing new is suggested any more."""
         self.refusals: list[str] = []
         """Start points that were refused, of which the user has not been told."""
+        self._failed_before = {trial.number for trial in failed(self.study)}
         for point in plan.config.start:
             encoded = {key: encode(value) for key, value in point.items()}
             self.study.enqueue_trial(encoded, skip_if_exists=True)
@@ -135,13 +136,15 @@ class TruthfulSearch(OptunaSearch):
         self.study.tell(trial, values, state=STATES[ended])
 
     def check_failures(self) -> None:
-        """Raises ConfigError where more trials have failed than the study survives."""
-        gone = failed(self.study)
+        """Raises ConfigError where more trials have failed than a search survives; what failed before it began, for a
+        full disk say, does not count."""
+        gone = [trial for trial in failed(self.study) if trial.number not in self._failed_before]
         if len(gone) > self.plan.config.max_failed_trials:
             last = gone[-1]
             raise ConfigError(
                 f"max_failed_trials={self.plan.config.max_failed_trials}: {len(gone)} trials have failed, the last of "
-                f"them, trial {last.number}, by: {last.user_attrs.get('error')}; narrow the space or mend the base run"
+                f"them, trial {last.number}, by: {last.user_attrs.get('error')}; mend what that names and give the "
+                "same command again, or narrow the space"
             )
 
     def note(self, trial_id: str, key: str, value: str) -> None:

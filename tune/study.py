@@ -219,7 +219,7 @@ def _check_data(plan: Plan) -> dict[str, str]:
     if clips.has_split and plan.config.inner_folds:
         raise ConfigError(
             f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has a split of its own, so folds decide "
-            "nothing; leave inner_folds out, and the valid clips of that split choose"
+            "nothing; set inner_folds=[], and the valid clips of that split choose"
         )
     searched = plan.space.ranges.get("train.keep")
     keeps_best = base.train.keep == "best" or (searched is not None and searched.contains("best"))

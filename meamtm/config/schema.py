@@ -22,7 +22,8 @@ class DataConfig(Section):
         default=5.0,
         gt=0,
         le=600,
-        description="heard at once, s; longer clips are cropped or, to be named, cut into windows, shorter padded",
+        description="heard at once, s; of longer clips a random piece trains each time, and windows that cover them "
+        "are named; shorter ones are padded",
     )
     test_fold: int | None = Field(
         default=1,
@@ -88,7 +89,9 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "onecycle", "step", "constant"] = Field(
         default="cosine", description="learning rate after the warm-up"
     )
-    warmup: float = Field(default=0.05, ge=0, lt=1, description="fraction of all steps in which the rate climbs")
+    warmup: float = Field(
+        default=0.05, ge=0, lt=1, description="part of all steps in which the rate climbs; onecycle: at least 0.3"
+    )
     final_ratio: float = Field(default=0.01, ge=0, le=1, description="last rate over the peak (cosine, onecycle)")
     step_epochs: int = Field(default=10, ge=1, description="epochs between drops (step)")
     step_gamma: float = Field(default=0.5, gt=0, le=1, description="factor at each drop (step)")
@@ -147,7 +150,11 @@ class TrainConfig(Section):
     deterministic: bool = Field(
         default=False, description="on a GPU too, the same seed gives the same numbers: slower, as far as torch can"
     )
-    checkpoint_s: float = Field(default=60.0, ge=0, description="seconds between checkpoints; 0: after every epoch")
+    checkpoint_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="least seconds between checkpoints, which come at the end of an epoch; 0: after every one",
+    )
 
 
 JOB_HOLDS = {"CPU": "MEAMTM_JOB_CPUS", "GPU": "MEAMTM_JOB_GPUS"}
@@ -169,8 +176,14 @@ class ScaleConfig(Section):
     resize_s: float = Field(
         default=60.0, ge=1, description="seconds between looks for room to grow; growing goes back to a checkpoint"
     )
-    threads: int | None = Field(default=None, ge=1, description="threads of a process; null: one per core it may use")
-    address: str | None = Field(default=None, description="Ray cluster; null: RAY_ADDRESS, or one started here")
+    threads: int | None = Field(
+        default=None, ge=1, description="threads of a process; null: one per core it may use, on Ray `cpus_per_worker`"
+    )
+    address: str | None = Field(
+        default=None,
+        description="Ray cluster: HOST:6379, ray://HOST:10001, or auto for this machine's; null: RAY_ADDRESS, or one "
+        "that is started here and ended",
+    )
 
     @property
     def least_workers(self) -> int:

@@ -197,7 +197,10 @@ def _header(table: Path) -> set[str]:
 def _read_table(table: Path, needed: set[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the rows of a CSV with their line numbers."""
     if not table.is_file():
-        raise DataError(f"--manifest={table}: no such file; name a CSV with the columns {','.join(sorted(needed))}")
+        raise DataError(
+            f"--manifest={table}: no such file; name a CSV with the columns {','.join(sorted(needed))}, or leave it "
+            "out where each class has a folder"
+        )
     if missing := needed - (there := _header(table)):
         other = next((mark for mark in ";\t|" if any(mark in name for name in there)), None)
         hint = f", separated by commas and not by {other!r}" if other is not None else ""

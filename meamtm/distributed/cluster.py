@@ -38,7 +38,7 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
     address = named_address(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if address not in (None, "auto", "local"):  # the two are Ray's own words
-        _check_answers(address)
+        check_answers(address)
         _offer_token(address)
     try:
         if address:
@@ -50,10 +50,14 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
     except AuthenticationError as error:
         raise ServiceError(f"scale.address={address or 'null'}: no token found here; {REMEDY}") from error
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        if address is None:
+            raise ServiceError(
+                f"Ray does not start on this machine ({_first_line(error)}); /tmp/ray/session_latest/logs tells more, "
+                f"and a single run with scale.workers=0 needs no Ray"
+            ) from error
         raise ServiceError(
-            f"scale.address={address or 'null'}: Ray does not start or answer ({_first_line(error)}); {REMEDY}; "
-            f"start a cluster with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this "
-            f"machine"
+            f"scale.address={address}: Ray does not answer ({_first_line(error)}); {REMEDY}; start a cluster with "
+            f"`ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
         ) from error
     for number, handler in handlers.items():  # Ray has put its own in the place of ours
         if callable(handler) and current_thread() is main_thread():
@@ -179,8 +183,13 @@ def is_of_this_machine(host: str) -> bool:
     return True
 
 
-def _check_answers(address: str) -> None:
+def check_answers(address: str) -> None:
     """Knocks at HOST:PORT or ray://HOST:PORT."""
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"scale.address={address} is a dashboard's, which takes jobs; name the cluster itself, HOST:6379, or "
+            f"submit a job (`python -m jobs submit`)"
+        )
     try:
         parts = _parts(address)
         with socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=CONNECT_S):

@@ -52,17 +52,17 @@ def find_audio(paths: Sequence[Path]) -> list[Path]:
 
 def classify_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
     """Gives each file's probabilities (label,), the mean over windows of the length that the model was trained on."""
-    return map(_mean, classify_windows(saved, paths))
+    return (_mean(_hear(saved, path, _probabilities, _evenly)) for path in paths)
 
 
 def classify_windows(saved: Saved, paths: Sequence[Path]) -> Iterator[list[Answer]]:
-    """Gives the probabilities (label,) of each window of each file, in order; they cover a file evenly."""
-    return (_hear(saved, path, lambda waveform: _probabilities(saved, waveform)) for path in paths)
+    """Gives the probabilities (label,) of each file's windows: one after the other, the last one up to its end."""
+    return (_hear(saved, path, _probabilities, _in_turn) for path in paths)
 
 
 def embed_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
     """Gives each file's embedding (width,), the mean over its windows."""
-    return (_mean(_hear(saved, path, saved.model.features)) for path in paths)
+    return (_mean(_hear(saved, path, _features, _evenly)) for path in paths)
 
 
 def check_any(answers: Sequence[Answer]) -> None:
@@ -98,7 +98,9 @@ def write_npz(out: Path, answers: Sequence[Answer]) -> int:
     return len(good)
 
 
-def _hear(saved: Saved, path: Path, function: Callable[[Tensor], Tensor]) -> list[Answer]:
+def _hear(
+    saved: Saved, path: Path, function: Callable[[Saved, Tensor], Tensor], cut: Callable[[int, int], list[int]]
+) -> list[Answer]:
     """Gives an answer for each window of a file, or one that says why it cannot be heard."""
     rate_hz = saved.config.mel.sample_rate_hz
     try:
@@ -106,23 +108,37 @@ def _hear(saved: Saved, path: Path, function: Callable[[Tensor], Tensor]) -> lis
     except DataError as error:
         return [Answer(path, None, str(error))]
     device, window, num_samples = saved.model.mel.mean.device, saved.config.clip_samples, len(samples)
-    _, starts = cut_windows(np.array([max(num_samples - window, 0)]), window)
+    starts = cut(max(num_samples - window, 0), window)
     samples = np.pad(samples, (0, max(window - len(samples), 0)))
     parts = []
     with torch.inference_mode(), autocast(saved.config, device):
         for first in range(0, len(starts), WINDOWS_AT_ONCE):  # all at once would take an hour's floats
-            some = starts[first : first + WINDOWS_AT_ONCE].tolist()
+            some = starts[first : first + WINDOWS_AT_ONCE]
             windows = np.stack([samples[start : start + window] for start in some])  # (batch, window)
-            parts.append(function(to_float(windows, device)).float())
-    spans_s = [(start / rate_hz, min(start + window, num_samples) / rate_hz) for start in starts.tolist()]
+            parts.append(function(saved, to_float(windows, device)).float())
+    spans_s = [(start / rate_hz, min(start + window, num_samples) / rate_hz) for start in starts]
     values = torch.cat(parts).cpu().numpy()  # (window, value)
     return [Answer(path, each, "", span_s) for each, span_s in zip(values, spans_s, strict=True)]
+
+
+def _evenly(spare: int, window: int) -> list[int]:
+    """Begins of windows that are spread as a test spreads them, over a file `spare` samples longer than one."""
+    return cut_windows(np.array([spare]), window)[1].tolist()
+
+
+def _in_turn(spare: int, window: int) -> list[int]:
+    """Begins of windows that follow each other; the last one ends where the file does."""
+    return [*range(0, spare, window), spare]
 
 
 def _mean(windows: list[Answer]) -> Answer:
     """Makes one answer of those of a file's windows."""
     values = [window.values for window in windows if window.values is not None]
     return Answer(windows[0].path, np.mean(values, axis=0) if values else None, windows[0].problem)
+
+
+def _features(saved: Saved, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch width"]:
+    return saved.model.features(waveform)
 
 
 def _probabilities(saved: Saved, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch label"]:

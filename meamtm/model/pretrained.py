@@ -15,12 +15,16 @@ from timm.layers import resample_patch_embed  # type: ignore[reportPrivateImport
 from torch import Tensor
 
 from meamtm.config import EncoderConfig
+from meamtm.config.encoder import PRESETS
 from meamtm.errors import CheckpointError, ConfigError
 from meamtm.model.encoder import Encoder
 from meamtm.model.positions import JointPositions
 from meamtm.model.published import Published, Weights, read_published
 from meamtm.model.stem import PatchStem
 
+SIZE = ("heads", "head_dim", "depth", "mlp_ratio")
+"""What published weights must agree with."""
+AS_A_WORD = str.maketrans("()", "[]", " ")
 Taken = dict[str, tuple[Tensor, str]]
 """Name of a weight of ours -> what it becomes, and what was done to it; an empty string: nothing."""
 
@@ -186,6 +190,10 @@ def _check_size(published: Published, config: EncoderConfig) -> None:
     else:
         heads = f"{num_heads} heads of {width // num_heads}"
         remedy = f"encoder.heads={num_heads} encoder.head_dim={width // num_heads}"
+    if config.preset != "none":  # which fixes its size; what else it fixes stays
+        rest = {key: value for key, value in PRESETS[config.preset].items() if key not in SIZE}
+        words = (f"encoder.{key}={str(value).translate(AS_A_WORD)}" for key, value in rest.items())
+        remedy = f"encoder.preset=none {' '.join(words)} {remedy}"
     raise ConfigError(
         f"encoder.pretrained={published.source} has {heads}, depth {published.depth}, MLP ratio {ratio:g}; "
         f"set {remedy} encoder.depth={published.depth} encoder.mlp_ratio={ratio:g}"
