@@ -101,8 +101,7 @@ def pack(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="ESC-50-style folder, or one folder per class")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="data set to write")],
     manifest: Annotated[
-        Path | None,
-        typer.Option(help="CSV: path (from SOURCE on), label, and maybe fold, group, split; or like ESC-50's"),
+        Path | None, typer.Option(help="CSV: path from SOURCE on, label, maybe fold, group, split; or like ESC-50's")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="an unusable file is an error")] = False,
 ) -> None:

@@ -109,7 +109,7 @@ def _hear(
         return [Answer(path, None, str(error))]
     device, window, num_samples = saved.model.mel.mean.device, saved.config.clip_samples, len(samples)
     starts = cut(max(num_samples - window, 0), window)
-    samples = np.pad(samples, (0, max(window - len(samples), 0)))
+    samples = np.pad(samples, (0, max(window - num_samples, 0)))
     parts = []
     with torch.inference_mode(), autocast(saved.config, device):
         for first in range(0, len(starts), WINDOWS_AT_ONCE):  # all at once would take an hour's floats
