@@ -1,9 +1,10 @@
 """Configs against each other, or a recipe against itself without one ingredient after the other (`--ablate`).
 
-All are trained and tested on the same folds with the same seeds by `meamtm.crossval`, whose runs are kept: the same
-command again continues, and more seeds add to what is there. Prints a table, in points of the first row, and writes
-CSV. `won` and `lost` count the clips that are named right more and less often than by the first row, and `p` is how
-probable it is that equals differ as much (the sign test; with one seed McNemar's). From the repository root:
+All are trained and tested on the same folds with the same seeds, as many runs at once as the machine has room for, and
+as `meamtm crossval` does, whose runs are kept: the same command again continues, and more seeds add to what is there.
+Prints a table, in points of the first row, and writes CSV, when it is stopped too, of what is complete. `won` and
+`lost` count the clips that are named right more and less often than by the first row, and `p` is how probable it is
+that equals differ as much (the sign test; with one seed McNemar's). From the repository root:
 
     python benchmarks/compare.py configs/esc10.yaml configs/notebook.yaml [--folds 1,2] [--seeds 3] [KEY=VALUE ...]
     python benchmarks/compare.py configs/esc10.yaml --ablate [mixing masks ...]
@@ -13,7 +14,7 @@ import argparse
 import csv
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import typer
@@ -23,9 +24,11 @@ from scipy.stats import binomtest
 
 from meamtm.config import RunConfig, Value, flatten, load, override, parse_changes
 from meamtm.crossval import CrossValidation, cross_validate, deviation, plan_runs
+from meamtm.distributed import run_all
 from meamtm.errors import MeamtmError
-from meamtm.screen import bar, run_bars, stop_on_signal
+from meamtm.screen import bar, numbers, run_bars, stop_on_signal
 from meamtm.tracking import read_rows
+from meamtm.training.run import absolute, recall
 
 WITHOUT: dict[str, dict[str, Value]] = {
     "mixing": {"mix.kind": "none"},
@@ -66,12 +69,18 @@ def main() -> None:
     variants = {path: load(path, changes) for path in options.words if "=" not in path}
     if options.ablate is not None:
         variants |= ablated(next(iter(variants.values())), options.ablate or list(WITHOUT))
-    folds = [int(word) for word in options.folds.split(",") if word]
-    results: dict[str, CrossValidation] = {}
-    for name, config in variants.items():
-        results[name] = trained(name, config, folds, options.seeds)
-        show(results)
-        write(results, options.out)
+    folds = numbers("--folds", options.folds)
+    plans = {name: plan_runs(absolute(config), folds, options.seeds) for name, config in variants.items()}
+    try:
+        train(plans)
+    finally:
+        complete = {name: config for name, config in variants.items() if all(map(recall, plans[name].values()))}
+        results = {
+            name: cross_validate(config, folds=folds, num_seeds=options.seeds) for name, config in complete.items()
+        }
+        if results:
+            show(results)
+            write(results, options.out)
 
 
 def ablated(recipe: RunConfig, names: list[str]) -> dict[str, RunConfig]:
@@ -84,12 +93,14 @@ def ablated(recipe: RunConfig, names: list[str]) -> dict[str, RunConfig]:
     return {name: config for name, config in found.items() if config != recipe}
 
 
-def trained(name: str, config: RunConfig, folds: list[int], num_seeds: int) -> CrossValidation:
-    """Trains and tests one config, or reads what it found before."""
-    runs = [f"{name}: fold {fold}, seed {seed}" for fold, seed in plan_runs(config, folds, num_seeds)]
+def train(plans: Mapping[str, Mapping[tuple[int, int], RunConfig]]) -> None:
+    """Trains and tests what is missing of the runs of each config, all side by side: five runs alone leave one of two
+    cores idle at their end."""
+    runs = {
+        f"{name}: fold {fold}, seed {seed}": run for name, plan in plans.items() for (fold, seed), run in plan.items()
+    }
     with stop_on_signal() as should_stop, bar() as progress:
-        heard = run_bars(progress, runs, config.train.epochs)
-        return cross_validate(config, folds=folds, num_seeds=num_seeds, heard=heard, should_stop=should_stop)
+        run_all(list(runs.values()), run_bars(progress, runs), should_stop)
 
 
 def rows(results: dict[str, CrossValidation]) -> list[dict[str, str]]:

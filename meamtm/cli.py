@@ -212,9 +212,9 @@ def crossval(
     chosen = numbers("--folds", folds)
     from meamtm.crossval import cross_validate, plan_runs
 
-    names = [f"fold {fold}, seed {seed}" for fold, seed in plan_runs(settings, chosen, seeds)]
+    runs = {f"fold {fold}, seed {seed}": run for (fold, seed), run in plan_runs(settings, chosen, seeds).items()}
     with stop_on_signal() as should_stop, bar() as progress:
-        heard = run_bars(progress, names, settings.train.epochs)
+        heard = run_bars(progress, runs)
         result = cross_validate(settings, folds=chosen, num_seeds=seeds, heard=heard, should_stop=should_stop)
     print_crossval(result)
 

@@ -4,7 +4,7 @@ import atexit
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID
 from meamtm.errors import MeamtmError
 
 if TYPE_CHECKING:
+    from meamtm.config import RunConfig
     from meamtm.tracking import Listener, Metrics
 
 
@@ -50,20 +51,22 @@ def epoch_bar(progress: Progress, num_epochs: int, name: str = "training") -> "L
     return Listener(show)
 
 
-def run_bars(progress: Progress, names: Sequence[str], num_epochs: int) -> "Callable[[int, Metrics, int], None]":
+def run_bars(progress: Progress, runs: "Mapping[str, RunConfig]") -> "Callable[[int, Metrics, int], None]":
     """A bar over all epochs of several runs and one for each run that is on its way, or a line per tenth of a run."""
-    total = progress.add_task(f"{len(names)} runs", total=len(names) * num_epochs)
+    lengths = [(name, run.train.epochs) for name, run in runs.items()]
+    total = progress.add_task(f"{len(runs)} runs", total=sum(num_epochs for _, num_epochs in lengths))
     tasks: dict[int, TaskID] = {}
-    done = dict.fromkeys(range(len(names)), 0)
+    done = dict.fromkeys(range(len(runs)), 0)
 
     def show(number: int, metrics: "Metrics", step: int) -> None:
+        name, num_epochs = lengths[number]
         if number not in tasks:
-            tasks[number] = progress.add_task(names[number], total=num_epochs)
+            tasks[number] = progress.add_task(name, total=num_epochs)
         done[number] = step
         progress.update(tasks[number], completed=step, visible=step < num_epochs)
         progress.update(total, completed=sum(done.values()))
         if progress.disable and (step == num_epochs or step % max(1, num_epochs // 10) == 0):
-            typer.echo(f"{names[number]}: epoch {step}/{num_epochs}  train/loss {metrics['train/loss']:.3f}", err=True)
+            typer.echo(f"{name}: epoch {step}/{num_epochs}  train/loss {metrics['train/loss']:.3f}", err=True)
 
     return show
 

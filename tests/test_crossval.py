@@ -1,7 +1,9 @@
 """Every fold tested by models that have not heard it: the plan, the result, what a second call and a stop do."""
 
+import csv
 import json
 import os
+import runpy
 import signal
 import statistics
 import subprocess
@@ -22,10 +24,13 @@ from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
 from meamtm.data.split import split_clips
 from meamtm.distributed import run_all
+from meamtm.distributed.side_by_side import largest_peak_bytes
 from meamtm.errors import CheckpointError, ConfigError, DataError, MeamtmError
+from meamtm.screen import bar, run_bars
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
 from meamtm.training.context import Stopped
+from meamtm.training.memory import peak_training_bytes
 from meamtm.training.predictions import read_predictions
 from meamtm.training.run import run_folder, run_here
 
@@ -271,6 +276,58 @@ def test_the_command_prints_the_table_and_is_quick_when_it_is_done(
     assert time.monotonic() - began_s < 2
     wrong = meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "one")
     assert (wrong.code, wrong.err) == (2, "meamtm: --folds=one: not whole numbers; write them as 1,2\n")
+
+
+@pytest.mark.ray
+def test_configs_are_compared_clip_by_clip(
+    cluster: None, packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the benchmark that ablations are made with: all runs side by side, and more rows by the same command."""
+    compare = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "compare.py"))
+    config = tiny(packed, cache_dir, tmp_path / "runs", SHORT)
+    write_yaml(tmp_path / "run.yaml", flatten(config))
+
+    def table(*without: str) -> list[dict[str, str]]:
+        words = [str(tmp_path / "run.yaml"), "--folds", "1,2", "--out", str(tmp_path / "out.csv"), "--ablate", *without]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+        compare["main"]()
+        with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    rows = table("mixing")
+    assert [row["config"] for row in table("mixing", "stem")] == [*(row["config"] for row in rows), "without stem"]
+    whole, unmixed = (
+        cross_validate(each, folds=[1, 2]) for each in (config, override(config, {"mix.kind": "none"}))
+    )  # which are there already
+    for row, result in zip(rows, (whole, unmixed), strict=True):
+        assert row["mean %"] == f"{100 * statistics.fmean(result.values()):.2f}"
+    right = [{each.clip: each.num_right for each in result.predictions()} for result in (whole, unmixed)]
+    differences = [right[1][clip] - right[0][clip] for clip in right[0]]
+    assert len(differences) == 40
+    assert (rows[1]["won"], rows[1]["lost"]) == (str(differences.count(1)), str(differences.count(-1)))
+    assert float(rows[1]["points"]) == pytest.approx(100 * sum(differences) / 40)
+
+
+def test_runs_of_different_lengths_have_bars_of_their_own(
+    packed: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(packed, cache_dir, tmp_path)
+    runs = {str(epochs): override(config, {"train.epochs": epochs}) for epochs in (2, 40)}
+    with bar() as progress:
+        heard = run_bars(progress, runs)
+        for number, step in ((0, 1), (0, 2), (1, 2), (1, 4), (1, 40)):
+            heard(number, {"train/loss": 1.0}, step)
+    lines = [line.partition("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["2: epoch 1/2", "2: epoch 2/2", "40: epoch 4/40", "40: epoch 40/40"]
+
+
+def test_the_memory_of_the_largest_run_is_reserved(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    config = tiny(packed, cache_dir, tmp_path)
+    seeds = [override(config, {"train.seed": seed}) for seed in (0, 1)]
+    wide = override(config, {"encoder.stem_channels": [64, 128], "train.batch_size": 16})
+    peaks = {each.train.batch_size: peak_training_bytes(each, 10) for each in (config, wide)}
+    assert largest_peak_bytes([*seeds, wide]) == max(peaks.values()) == peaks[16]
+    assert largest_peak_bytes(seeds) == peaks[20]
 
 
 @pytest.mark.ray

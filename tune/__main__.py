@@ -89,10 +89,9 @@ def nested(
     planned = plan_nested(study, changes or [], numbers("--folds", folds))
     with _told_to_stop():
         results = choose_each(planned, typer.echo)
-    runs = planned.runs(results, seeds)
-    names = [f"fold {fold}, seed {seed}" for fold, seed in runs]
+    runs = {f"fold {fold}, seed {seed}": run for (fold, seed), run in planned.runs(results, seeds).items()}
     with stop_on_signal() as should_stop, bar() as progress:
-        heard = run_bars(progress, names, next(iter(runs.values())).train.epochs)
+        heard = run_bars(progress, runs)
         result = evaluate_nested(planned, results, seeds, heard, should_stop)
     print_crossval(result)
 

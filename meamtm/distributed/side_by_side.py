@@ -1,11 +1,11 @@
 """Several runs at once, each a plain run in a process of its own, as many as a Ray cluster has room for."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, override
+from meamtm.config import RunConfig, ScaleConfig, TrainConfig, flatten, from_flat, override
 from meamtm.data.packed import read_card
 from meamtm.distributed.cluster import check_resources, connect, named_address, needs, nodes
 from meamtm.distributed.workers import run
@@ -110,12 +110,11 @@ def _run_in_task(flat: dict[str, Any]) -> Outcome | str:
 
 def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
     """Gives each run an equal share of the processors of nodes that can take one, `scale.cpus_per_worker` at least, and
-    its memory.
+    the memory of the largest.
 
     Memory is reserved as far as a node has it; what cannot fit at all is refused by the run itself.
     """
-    config = max(todo.values(), key=lambda config: config.train.batch_size)
-    needed = peak_training_bytes(config, len(read_card(config.data.path).classes)) + LIBRARIES_BYTES
+    needed = largest_peak_bytes(todo.values()) + LIBRARIES_BYTES
     wanted = needs(scale)
     able = [node for node in nodes() if all(node.get(kind, 0) >= amount for kind, amount in wanted.items())]
     if "GPU" not in wanted:
@@ -129,6 +128,19 @@ def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
         "max_retries": scale.max_failures,  # of a process or node that dies; what a run raises is not tried again
         "runtime_env": {"env_vars": {"GOMP_SPINCOUNT": "10000"}},
     }
+
+
+def largest_peak_bytes(configs: Iterable[RunConfig]) -> int:
+    """Estimates the most memory that a run allocates; those that differ in fold and seed alone allocate as much."""
+    kinds = {
+        (config.data.path, config.data.clip_s, config.mel, config.encoder, config.optim, _seedless(config)): config
+        for config in configs
+    }
+    return max(peak_training_bytes(config, len(read_card(config.data.path).classes)) for config in kinds.values())
+
+
+def _seedless(config: RunConfig) -> TrainConfig:
+    return config.train.model_copy(update={"seed": 0})
 
 
 def _mistake(error: BaseException) -> BaseException:
