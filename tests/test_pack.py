@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -138,6 +139,32 @@ def test_a_manifest_gives_several_labels_folds_groups_and_splits(tmp_path: Path)
     assert column(tmp_path / "out", "labels") == [[0, 1], [1], [0]]
     assert column(tmp_path / "out", "group") == ["g", "g", "h"]
     assert column(tmp_path / "out", "split") == ["train", "train", "test"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("fold\na.wav,rain,1\nb.wav,wind,2\nsame.wav,rain,1\n", []),
+        (
+            "fold\na.wav,rain,1\nb.wav,wind,2\nsame.wav,rain,2\n",
+            [r"another fold: same as a \(1 such clips\); .* group"],
+        ),
+        ("split\na.wav,rain,train\nb.wav,wind,train\nsame.wav,rain,test\n", ["another split: same as a .* remove"]),
+        ("fold\na.wav,rain,1\nb.wav,wind,2\nsame.wav,wind,1\n", ["another label: same as a .* correct one label"]),
+    ],
+    ids=["together", "in two folds", "in two splits", "with two labels"],
+)
+def test_copies_that_a_test_would_hear_again_are_told(
+    rows: str, said: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = manifest(tmp_path / "in", "path,label," + rows)
+    decoded, rate_hz = soundfile.read(tmp_path / "in" / "a.wav", dtype="int16")
+    soundfile.write(tmp_path / "in" / "same.wav", decoded, rate_hz, subtype="PCM_24")  # another file of the same sound
+    assert pack(tmp_path / "in", tmp_path / "out", table).num_clips == 3
+    told = [record.getMessage() for record in caplog.records if record.name == "meamtm.data.pack"]
+    assert len(told) == len(said)
+    for message, expected in zip(told, said, strict=True):
+        assert re.search("^the same samples come again with " + expected, message)
 
 
 def test_a_set_with_a_split_and_no_folds_tells_of_none(tmp_path: Path) -> None:
@@ -309,6 +336,14 @@ def test_an_interrupted_pack_leaves_nothing_half_written(sounds: Path, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         pack(sounds, tmp_path / "out", progress=interrupt)
     assert not any(tmp_path.iterdir())
+
+
+def test_home_may_be_written_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's words pass no shell that would make it longer."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    table = manifest(tmp_path / "in", "path,label\na.wav,rain\nb.wav,wind\n")
+    card = pack(Path("~/in"), Path("~/out"), Path("~/in") / table.name)
+    assert read_card(tmp_path / "out") == card
 
 
 def test_a_link_in_the_place_of_a_data_set_stays_one(tmp_path: Path) -> None:

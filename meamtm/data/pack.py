@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,6 +45,8 @@ def pack(
 
     With `strict`, a file that cannot be used is a DataError. So is an `out` that holds anything but a data set.
     """
+    source, out = source.expanduser(), out.expanduser()  # of a job no shell has done that
+    manifest = manifest.expanduser() if manifest is not None else None
     found = find_clips(source, manifest)
     _check_out(out)
     card = _already(out, found.fingerprint)
@@ -116,6 +119,7 @@ def _write(source: Source, folder: Path, strict: bool, progress: Callable[[int, 
         shards.close()
     # Folds that were dealt to clips with a split of their own decide nothing.
     has_split = any(entry.split for entry in source.entries)
+    _warn_of_copies(kept, "split" if has_split else "fold")
     named = source.entries if has_split else [sound.entry for sound in kept]
     card = Card(
         classes=source.classes,
@@ -187,6 +191,22 @@ def _check_enough(source: Source, kept: Sequence[Sound], rejected: Sequence[Soun
         logger.warning(
             "no usable clip has the class %s; add one or leave the class out, or training refuses", ", ".join(empty)
         )
+
+
+def _warn_of_copies(kept: Sequence[Sound], part: Literal["fold", "split"]) -> None:
+    """Says so where clips of the same samples lie apart, so that a test would hear what trained, or differ in label."""
+    first: dict[str, Entry] = {}
+    pairs = [(first.setdefault(sound.digest, sound.entry), sound.entry) for sound in kept]
+    for column, apart, remedy in (
+        (part, [pair for pair in pairs if getattr(pair[0], part) != getattr(pair[1], part)], "give both one group"),
+        ("label", [pair for pair in pairs if set(pair[0].labels) != set(pair[1].labels)], "correct one label"),
+    ):
+        if apart:
+            logger.warning(
+                "the same samples come again with another %s: %s as %s (%d such clips); remove one of the two, or %s "
+                "in a list (--manifest)",
+                *(column, apart[0][1].clip_id, apart[0][0].clip_id, len(apart), remedy),
+            )
 
 
 def _write_rejected(path: Path, rejected: Sequence[Sound]) -> None:
