@@ -53,6 +53,25 @@ def test_clips_that_trained_a_model_are_no_test_in_another_set_either(
     assert len(evaluate(outcome.folder, str(unheard)).clip_ids) == 20
 
 
+def test_clips_that_chose_a_models_epoch_are_no_test_of_it(
+    sounds: Path, packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """Its accuracy there is the best of all epochs."""
+    changes = {**SHORT, "data.valid_fold": 2}
+    last, best = (
+        run_here(tiny(packed, cache_dir, tmp_path / keep, {**changes, "train.keep": keep})) for keep in ("last", "best")
+    )
+    assert evaluate(last.folder, fold=2).part == "fold 2"
+    with pytest.raises(
+        DataError, match=r"--fold=2: 20 of its 20 clips trained .* or chose its epoch, .* \(its own is 1\)"
+    ):
+        evaluate(best.folder, fold=2)
+    assert evaluate(best.folder, fold=1).metrics == best.evaluation.metrics
+    chose = packed_anew(sounds, tmp_path / "chose", folds="2")
+    with pytest.raises(DataError, match=r"--data=.*chose: 20 of its 20 clips trained .* or chose its epoch"):
+        evaluate(best.folder, str(chose))
+
+
 def test_a_set_in_the_place_of_the_one_that_trained_a_model_may_hold_what_it_heard(
     sounds: Path, cache_dir: Path, tmp_path: Path
 ) -> None:

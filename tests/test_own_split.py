@@ -61,15 +61,16 @@ def test_without_test_clips_it_says_so_before_it_trains(sounds: Path, cache_dir:
         (WHOLE, {"inner_folds": [2, 3]}, r"inner_folds=\[2, 3\]: .* folds decide nothing; set inner_folds=\[\], and"),
         (NO_VALID, {}, "no clip of its split is for validation, on which a study chooses; pack it with some"),
         (NO_TEST, {}, r"data\.test_fold=1: .*no clip is for testing"),
+        (WHOLE, {"train.keep": "best"}, r"train\.keep=best: a study compares trials by their last epoch, .*keep=last"),
     ],
-    ids=["inner folds", "no valid clips", "no test clips"],
+    ids=["inner folds", "no valid clips", "no test clips", "best epoch"],
 )
 def test_a_study_that_could_not_choose_or_end_is_refused_before_it_begins(  # noqa: PLR0917
     parts: Mapping[int, str], changes: dict[str, object], message: str, sounds: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     path = write_study(tmp_path, packed_with(parts, sounds, tmp_path), cache_dir)
-    settings = yaml.safe_load(path.read_text()) | changes
+    settings = yaml.safe_load(path.read_text())
     settings["set"]["data.valid_fold"] = None
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(ConfigError, match=message):
-        run_study(load_plan(path), print)
+        run_study(load_plan(path, [f"{key}={value}" for key, value in changes.items()]), print)

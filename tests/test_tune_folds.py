@@ -110,26 +110,28 @@ def test_luck_is_the_exact_test_of_mcnemar(pairs: list[str]) -> None:
 
 @pytest.mark.parametrize("asha", [True, False])
 def test_a_race_ends_who_is_beaten_and_not_by_luck(tmp_path: Path, study: Path, asha: bool) -> None:  # noqa: F811
-    plan = load_plan(study, [*FOLDS, f"asha.enabled={str(asha).lower()}", "asha.grace_epochs=3"])
+    plan = load_plan(study, [*FOLDS, f"asha.enabled={str(asha).lower()}", "asha.grace_epochs=3", "asha.reduction=9"])
     search = TruthfulSearch(plan)
     search.suggest("a")
     end = {"epoch": 8, "valid/accuracy": 0.8, "hits": "1" * 16 + "0" * 4 + "1" * 20}
+    search.on_trial_result("a", end | {"epoch": 4})
     search.on_trial_result("a", end)
     search.on_trial_complete("a", end)
     scheduler = make_scheduler(plan, open_study(plan))
 
-    def judge(hits: str, epoch: int, *, is_repeat: bool = False) -> str:
+    def judge(hits: str, epoch: int, *, is_repeat: bool = False, accuracy: float = 0.79) -> str:
         config = {"number": search.study.ask().number, "is_repeat": is_repeat}
         trial: Any = SimpleNamespace(trial_id=f"b{hits}{is_repeat}", config=config)
         controller: Any = None
         scheduler.on_trial_add(controller, trial)
-        return scheduler.on_trial_result(controller, trial, {"epoch": epoch, "valid/accuracy": 0.9, "hits": hits})
+        return scheduler.on_trial_result(controller, trial, {"epoch": epoch, "valid/accuracy": accuracy, "hits": hits})
 
     beaten, unlucky, whole = "0" * 4 + "1" * 12 + "0" * 4, "0" * 3 + "1" * 13 + "0" * 4, "0" * 40
     assert (luck(beaten, end["hits"]), luck(unlucky, end["hits"])) == (1 / 16, 1 / 8)
     assert judge(beaten, 4) == TrialScheduler.STOP
     assert judge(unlucky, 4) == TrialScheduler.CONTINUE
     assert judge(beaten, 4, is_repeat=True) == TrialScheduler.CONTINUE
+    assert judge(beaten, 4, accuracy=0.81) == TrialScheduler.CONTINUE, "of folds that differ in size the mean counts"
     assert judge(whole, 8) == TrialScheduler.CONTINUE, "after its last fold a trial has nothing left to be spared"
 
 

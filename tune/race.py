@@ -39,16 +39,21 @@ class Race(TrialScheduler):
         """Says whether a trial goes on after an epoch."""
         if trial.config["is_repeat"]:
             return TrialScheduler.CONTINUE
-        if (hits := result.get("hits")) and self._is_beaten(hits):
+        if result.get("hits") and self._is_beaten(result):
             return TrialScheduler.STOP
         return super().on_trial_result(tune_controller, trial, result)  # type: ignore[reportAbstractUsage]
 
-    def _is_beaten(self, hits: str) -> bool:
+    def _is_beaten(self, result: Mapping[str, Any]) -> bool:
         if self._plan.config.metric != ACCURACY:
             return False  # a better loss or F1 may come with fewer hits
         best = next(iter(ranked(self._study, self._plan.config.mode)), None)
-        others = best.user_attrs.get("hits", "") if best is not None else ""
-        return len(others) > len(hits) and luck(hits, others) < self._plan.config.race_p
+        if best is None:
+            return False
+        hits, others = result["hits"], best.user_attrs.get("hits", "")
+        if len(others) <= len(hits) or luck(hits, others) >= self._plan.config.race_p:
+            return False
+        # Fewer hits may come with a better mean where folds differ in size, and the mean is what a trial is worth.
+        return result[ACCURACY] < best.intermediate_values.get(result["epoch"], math.inf)
 
 
 class PatientBracket(_Bracket):

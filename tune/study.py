@@ -223,11 +223,13 @@ def _check_data(plan: Plan) -> dict[str, str]:
         )
     searched = plan.space.ranges.get("train.keep")
     keeps_best = base.train.keep == "best" or (searched is not None and searched.contains("best"))
-    if keeps_best and not clips.has_split:
-        raise ConfigError(
-            "train.keep=best: a study trains its best trial again on the validation clips too, so nothing is left to "
-            "choose its epoch; set train.keep=last"
+    if keeps_best:
+        reason = (
+            "compares trials by their last epoch, which would not be the one that is kept"
+            if clips.has_split
+            else "trains its best trial again on the validation clips too, so nothing is left to choose its epoch"
         )
+        raise ConfigError(f"train.keep=best: a study {reason}; set train.keep=last")
     for run in plan.runs(base):
         if len(check_split(run, clips).valid) > 0:
             continue

@@ -52,10 +52,10 @@ def evaluate(
 ) -> Evaluation:
     """Tests a checkpoint on its test fold, on its validation fold or on another data set.
 
-    Raises DataError for clips that trained it. Of a data set that it was not trained on, every clip is used unless a
-    fold is named. Labels are in the checkpoint's order, whatever the data set's is. `here` says where the run's data
-    lie and what computes now, since a run may have been moved after it was trained; without it the data lie where they
-    did.
+    Raises DataError for clips that trained it, or chose its epoch (`train.keep=best`). Of a data set that it was not
+    trained on, every clip is used unless a fold is named. Labels are in the checkpoint's order, whatever the data set's
+    is. `here` says where the run's data lie and what computes now, since a run may have been moved after it was
+    trained; without it the data lie where they did.
     """
     saved = load_model(checkpoint)
     changes = {} if here is None else {key: flatten(here)[key] for key in OF_A_PLACE}
@@ -100,26 +100,34 @@ def evaluate(
 def _check_unheard(saved: Saved, clips: Clips, indices: NDArray[np.int64], asked: str) -> None:
     """Refuses clips that trained the model, which it would name far better than any that it never heard."""
     if (num_heard := _count_heard(saved, clips, indices)) > 0:
-        held_out = [each for each in (saved.config.data.test_fold, saved.config.data.valid_fold) if each is not None]
+        data, chose = saved.config.data, saved.config.train.keep == "best"
+        unheard = (data.test_fold, None if chose else data.valid_fold)
+        did = f"trained {saved.folder}" + (" or chose its epoch" if chose else "")
+        held_out = [each for each in unheard if each is not None]
         remedy = f"its own is {' or '.join(map(str, held_out))}" if held_out else "none was held out"
         raise DataError(
-            f"{asked}: {num_heard} of its {len(indices)} clips trained {saved.folder}, so this would be no test; "
+            f"{asked}: {num_heard} of its {len(indices)} clips {did}, so this would be no test; "
             f"name a fold that it never heard ({remedy}), or other data by --data"
         )
 
 
 def _count_heard(saved: Saved, clips: Clips, indices: NDArray[np.int64]) -> int:
-    """Counts clips that trained the model. In another data set these are clips of the same samples, which can be told
-    while the set that trained it is where it was."""
+    """Counts clips that trained the model or chose its epoch. In another data set these are clips of the same samples,
+    which can be told while the set that trained it is where it was."""
     if clips.digest == saved.labels.digest:
-        return len(np.intersect1d(indices, split_clips(clips, saved.config.data).train))
+        return len(np.intersect1d(indices, _heard_by(saved, clips)))
     if not _is_there(saved):
         return 0
     own = open_clips(saved.config.data, saved.config.mel.sample_rate_hz)
-    trained = split_clips(own, saved.config.data).train
-    like_these = trained[np.isin(own.num_samples[trained], clips.num_samples[indices])]
+    known = _heard_by(saved, own)
+    like_these = known[np.isin(own.num_samples[known], clips.num_samples[indices])]
     heard = {_samples(own, clip) for clip in like_these.tolist()}
     return sum(_samples(clips, clip) in heard for clip in indices.tolist())
+
+
+def _heard_by(saved: Saved, clips: Clips) -> NDArray[np.int64]:
+    split = split_clips(clips, saved.config.data)
+    return np.union1d(split.train, split.valid) if saved.config.train.keep == "best" else split.train
 
 
 def _samples(clips: Clips, clip: int) -> bytes:
