@@ -261,18 +261,20 @@ def test_beside_silence_a_clip_is_left_alone(seed: int) -> None:
             assert set(label.nonzero().flatten().tolist()) in ({0, 2}, {1, 3}), "two that sound, or two that do not"
 
 
-@pytest.mark.parametrize(("until", "num_mixed"), [(0.0, 0), (0.5, 2), (0.6, 3), (1.0, 4)])
-def test_the_last_epochs_hear_clips_alone(
-    until: float, num_mixed: int, clips: Clips, packed: Path, cache_dir: Path
+@pytest.mark.parametrize(
+    ("until", "epochs", "num_mixed"), [(0.0, 4, 0), (0.5, 4, 2), (0.6, 4, 3), (1.0, 4, 4), (0.14, 50, 7)]
+)
+def test_the_last_epochs_hear_clips_alone(  # noqa: PLR0917
+    until: float, epochs: int, num_mixed: int, clips: Clips, packed: Path, cache_dir: Path
 ) -> None:
-    """Of four epochs; one that begins before the fraction is over still mixes."""
-    config = tiny(packed, cache_dir, Path("runs"), {"mix.until": until})
+    """One that begins before the fraction is over still mixes."""
+    config = tiny(packed, cache_dir, Path("runs"), {"mix.until": until, "train.epochs": epochs})
     loader = Loader(clips, np.arange(40), config.clip_samples, 20, seed=0, train=True)
     are_mixed = []
-    for epoch in range(4):
+    for epoch in range(epochs):
         batches = training_batches(loader, config, torch.device("cpu"), epoch=epoch)
         are_mixed.append(any(bool((batch.target.amax(1) < 1).any()) for batch in batches))
-    assert are_mixed == [epoch < num_mixed for epoch in range(4)]
+    assert are_mixed == [epoch < num_mixed for epoch in range(epochs)]
 
 
 def test_batches_are_mixed_as_often_as_asked_and_a_lone_clip_never() -> None:

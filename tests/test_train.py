@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from tiny import PLAIN, Record, local, tiny
 
@@ -17,7 +18,8 @@ from meamtm.data.synth import write_synth
 from meamtm.errors import CheckpointError, ConfigError, DataError, MeamtmError
 from meamtm.training.checkpoint import load_model, newest
 from meamtm.training.context import LocalContext, Stopped
-from meamtm.training.evaluate import evaluate
+from meamtm.training.evaluate import classify, evaluate
+from meamtm.training.metrics import scores
 from meamtm.training.run import absolute, run_folder, run_here, tags
 from meamtm.training.train import train
 
@@ -97,7 +99,7 @@ def test_a_finished_run_trains_no_more(packed: Path, cache_dir: Path, tmp_path: 
     assert second.rows == []
 
 
-def test_the_best_epoch_is_kept_and_tested(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_the_best_epoch_is_kept(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
     changes = {"data.valid_fold": 2, "train.epochs": 8, "optim.lr": 3e-2, "train.ema_decay": 0, "train.keep": "best"}
     config, record = tiny(packed, cache_dir, tmp_path, changes), Record()
     metrics = train(config, local(config, record))
@@ -105,7 +107,9 @@ def test_the_best_epoch_is_kept_and_tested(packed: Path, cache_dir: Path, tmp_pa
     best = max(range(8), key=lambda epoch: (accuracy[epoch], epoch))
     assert accuracy[best] > accuracy[-1], "the last is the best, and shows nothing"
     assert (metrics["best/epoch"], metrics["best/accuracy"]) == (best + 1, accuracy[best])
-    assert evaluate(run_folder(config), fold=2).metrics["test/accuracy"] == accuracy[best]
+    model, clips = load_model(run_folder(config)).model, open_clips(config.data, 8_000)
+    probability, target = classify(model, config, clips, np.flatnonzero(clips.folds == 2), multi_label=False)
+    assert scores(probability, target, multi_label=False)["accuracy"] == accuracy[best]
 
 
 def test_without_clips_to_choose_on_no_epoch_is_the_best(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
@@ -160,6 +164,16 @@ def test_another_data_set_of_the_same_name_is_not_continued(cache_dir: Path, tmp
         train(second, local(second))
 
 
+def test_a_data_set_is_called_what_the_user_calls_it(
+    packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is part of a run's, which is the same before and after paths are made absolute."""
+    (tmp_path / "mine").symlink_to(packed)
+    monkeypatch.chdir(tmp_path)
+    config = tiny(Path("mine"), cache_dir, tmp_path / "runs", {"train.epochs": 1})
+    assert run_here(config).folder == run_folder(config) == run_folder(absolute(config))
+
+
 def test_normalised_training_clips_have_mean_0_and_deviation_1(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
     config = tiny(packed, cache_dir, tmp_path, {"train.epochs": 1})
     train(config, local(config))
@@ -171,6 +185,24 @@ def test_normalised_training_clips_have_mean_0_and_deviation_1(packed: Path, cac
     normal = saved.model.mel(waveforms.float() / 32_768)
     assert normal.mean().item() == pytest.approx(0, abs=1e-3)
     assert normal.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_long_recording_weighs_no_more_than_a_short_one_in_what_is_normal(cache_dir: Path, tmp_path: Path) -> None:
+    """Training hears one crop of each."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 40_000)
+    for name, sound in {"call": noise[:4_000], "quiet": 1e-3 * noise}.items():
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for number in range(5):
+            soundfile.write(tmp_path / "in" / name / f"{number}.wav", np.roll(sound, number), 8_000)
+    pack(tmp_path / "in", tmp_path / "packed")
+    config = tiny(tmp_path / "packed", cache_dir, tmp_path, {"train.epochs": 1})
+    train(config, local(config))
+    saved = load_model(newest(run_folder(config)))
+    call, quiet = (
+        saved.model.mel(torch.tensor(each * noise[None, :4_000]).float()).mean().item() for each in (1, 1e-3)
+    )
+    assert call + quiet == pytest.approx(0, abs=0.1), "as many clips of either"
+    assert call > 0.9
 
 
 def test_a_run_leaves_its_record_and_a_second_one_only_reads_it(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
