@@ -160,11 +160,11 @@ def train(
     settings = load(config, parse_changes(changes or []))  # before torch is loaded
     from meamtm.distributed import run
     from meamtm.tracking import how_to_open
+    from meamtm.training.checkpoint import newest
     from meamtm.training.run import absolute, finished, run_folder
 
     settings = absolute(settings)
-    folder = run_folder(settings)
-    if resume and not any(folder.glob("epoch-*")):
+    if resume and newest(folder := run_folder(settings)) is None:
         raise MeamtmError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out to begin")
     is_done = finished(settings) is not None
     with stop_on_signal() as should_stop, bar() as progress:

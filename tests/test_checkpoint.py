@@ -128,6 +128,19 @@ def test_only_the_newest_are_kept_and_nothing_else_is_touched(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
+@pytest.mark.parametrize("damaged", [[50], [50, 52]])
+def test_damaged_ones_do_not_count_among_those_that_are_kept(tmp_path: Path, damaged: list[int]) -> None:
+    """However new they are: training goes on from the whole one before them."""
+    for epoch in (40, 45):
+        write(tmp_path, (epoch, 0))
+    for epoch in damaged:
+        shutil.copytree(tmp_path / "epoch-00045", tmp_path / f"epoch-{epoch:05d}")
+        (tmp_path / f"epoch-{epoch:05d}" / "train_state.pt").write_bytes(b"torn")
+    assert newest(tmp_path) == tmp_path / "epoch-00045"
+    assert write(tmp_path, (47, 0)) == newest(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00045", "epoch-00047"]
+
+
 def test_publishing_leaves_no_scratch_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))

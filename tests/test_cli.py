@@ -71,7 +71,7 @@ def test_pack_says_what_a_model_will_not_hear_and_what_folds_may_share(tmp_path:
     for label in ("wren", "owl"):
         (tmp_path / "in" / label).mkdir(parents=True)
         for number in range(2):
-            noise = np.random.default_rng(number).normal(0, 0.1, 4_410)
+            noise = np.random.default_rng([number, len(label)]).normal(0, 0.1, 4_410)
             soundfile.write(tmp_path / "in" / label / f"{label}{number}.wav", noise, 44_100)
     done = meamtm_command("pack", tmp_path / "in", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
@@ -188,7 +188,13 @@ def test_an_interrupted_run_says_so_and_the_same_command_finishes_it(world: Worl
 def test_resume_wants_something_to_continue(world: World) -> None:
     refused = meamtm_command("train", "run.yaml", "name=new", "--resume")
     assert refused.code == 2
-    assert re.fullmatch(r"meamtm: --resume: .*new-\w{8} holds no checkpoint to continue; leave .*\n", refused.err)
+    said = r"meamtm: --resume: (.*new-\w{8}) holds no checkpoint to continue; leave .*\n"
+    found = re.fullmatch(said, refused.err)
+    assert found is not None
+    (Path(found[1]) / "epoch-00001").mkdir(parents=True)
+    again = meamtm_command("train", "run.yaml", "name=new", "--resume")
+    assert again.code == 2
+    assert again.err.endswith(refused.err), "a damaged one is none either"
 
 
 def test_evaluate_gives_what_train_gave(world: World) -> None:

@@ -196,6 +196,7 @@ def test_a_stop_saves_every_run_and_the_same_call_continues(
     assert not any(tmp_path.glob("parted/*/.stop"))
     rows = [len(read_rows(path)) for path in tmp_path.glob("parted/*/metrics.jsonl")]
     assert min(rows, default=0) < 30
+    assert len(list((tmp_path / "parted").iterdir())) == 2, "the third, for which there was no room, does not begin"
     parted = cross_validate(config, folds=[1, 2, 3])
     assert [row.metrics for row in parted.rows] == [row.metrics for row in whole.rows]
 

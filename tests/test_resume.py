@@ -16,8 +16,10 @@ from meamtm.config import flatten, write_yaml
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import load_state, newest
 from meamtm.training.context import Stopped
+from meamtm.training.notes import leave_report
 from meamtm.training.run import absolute, run_folder, run_here
 from meamtm.training.train import train
+from tune.trial import run_trial
 
 CHANGES = {
     "data.valid_fold": 2,
@@ -95,3 +97,35 @@ def test_an_epoch_that_was_saved_but_not_told_is_told_later(packed: Path, cache_
     assert [row["step"] for row in epochs] == [1, 2, 3, 4]
     assert after.rows[0] == before.rows[-1]
     assert [row["step"] for row in after.rows] == [2, 3, 4]
+
+
+def test_what_workers_reported_after_their_driver_died_is_told_by_a_plain_run_too(
+    packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    config = absolute(tiny(packed, cache_dir, tmp_path, CHANGES))
+    before, after, steps = Record(), Record(), iter(range(1, 100))
+    with pytest.raises(Stopped):
+        run_here(config, (before,), lambda: next(steps) >= 12)
+    folder = run_folder(config)
+    told = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(told[0])
+    for row in before.rows[1:]:
+        leave_report(folder, {key: value for key, value in row.items() if key != "step"})
+    run_here(config, (after,))
+    epochs = [row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
+    assert [row["step"] for row in epochs] == [1, 2, 3, 4]
+    assert science(after.rows[:2]) == science(before.rows[1:3])
+
+
+def test_an_epoch_that_a_trial_saved_and_did_not_tell_is_told_later(
+    packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune, too."""
+    config = absolute(tiny(packed, cache_dir, tmp_path, CHANGES))
+    train(config, local(config))  # which keeps no record at all, so its last epoch is missing
+    told: list[dict[str, float]] = []
+    monkeypatch.setattr("ray.tune.report", told.append)
+    suggestion = {"runs": [flatten(config)], "metric": "valid/accuracy"}
+    run_trial(suggestion)
+    assert [row["step"] for row in read_rows(run_folder(config) / "metrics.jsonl")] == [4]
+    assert [row["epoch"] for row in told] == [4, 4], "by the epoch, and at the end of its fold"

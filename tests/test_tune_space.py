@@ -33,6 +33,13 @@ def path(tmp_path):
     return path
 
 
+@pytest.mark.parametrize("name", ["what?", "100%"])
+def test_a_place_that_no_uri_can_hold_is_refused(path, tmp_path, name):
+    """Optuna would write its database elsewhere."""
+    with pytest.raises(ConfigError, match=r"studies_dir=.*: Optuna's database cannot lie in .*; put studies elsewhere"):
+        load_plan(path, [f"studies_dir={tmp_path / name}"])
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_every_point_builds_a_run_and_conditional_keys_keep_their_conditions(tmp_path_factory, seed):

@@ -128,6 +128,7 @@ def load_plan(path: str | Path, words: Sequence[str] = ()) -> Plan:
         )
     base = load(config.base, config.set) if config.base is not None else from_flat(config.set)
     plan = Plan(config, base, Space(config.space))
+    _check_place(plan)
     _check_folds(plan)
     _check_keys(plan)
     _check_conditions(plan)
@@ -162,6 +163,14 @@ def _known(key: str, value: Value) -> str:
             f"{key}={value!r}: no such key of a study or a run" + (f"; did you mean {near[0]}?" if near else "")
         )
     return key
+
+
+def _check_place(plan: Plan) -> None:
+    if "%" in (place := str(plan.folder)) or "?" in place:
+        raise ConfigError(
+            f"studies_dir={plan.config.studies_dir}: Optuna's database cannot lie in {place}, since no URI holds % or "
+            "?; put studies elsewhere"
+        )
 
 
 def _check_folds(plan: Plan) -> None:

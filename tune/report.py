@@ -240,7 +240,7 @@ def _importance_table(stage: str, compared: "Study") -> "RenderableType":
 def _write_front(plan: Plan, trials: Sequence[Row], folder: Path) -> list[Path]:
     """Writes a configuration for each trial of the Pareto front, since what is cheap enough is the user's choice."""
     for path in folder.glob(_front_file("*")):
-        path.unlink()  # of an earlier report, whose front this is no more
+        path.unlink(missing_ok=True)  # of an earlier report, whose front this is no more
     files = []
     for row in pareto_front(trials, plan.config.mode):
         path = folder / _front_file(row.number)

@@ -23,7 +23,7 @@ from meamtm.training.evaluate import evaluate
 from meamtm.training.lock import held
 from meamtm.training.memory import check_memory
 from meamtm.training.notes import following
-from meamtm.training.run import run_folder
+from meamtm.training.run import report_again, run_folder
 from meamtm.training.train import train
 from tune.folds import Folds
 
@@ -96,6 +96,7 @@ def _train_here(run: RunConfig, folds: Folds) -> dict[str, float]:
         context = TrialContext(
             LocalContext(folder, device, sinks=[lines]), lambda metrics: ray.tune.report(folds.epoch(metrics))
         )
+        report_again(context, folder)
         return train(run, context)
 
 

@@ -75,9 +75,9 @@ def _run_side_by_side(
             if trouble is None and should_stop():
                 trouble = Stopped("stopped; the same command continues")
             if trouble is not None:
-                for config, sign in zip(todo.values(), signs, strict=True):
-                    if run_folder(config).exists():
-                        sign.touch()
+                for sign in signs:
+                    sign.parent.mkdir(parents=True, exist_ok=True)  # of a run that waits for room, and need not begin
+                    sign.touch()
             ready, _ = ray.wait(list(waiting), timeout=POLL_S)
             for reference in ready:
                 number = waiting.pop(reference)

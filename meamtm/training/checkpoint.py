@@ -92,7 +92,9 @@ def save(
 
 
 def publish(scratch: Path, run_folder: Path) -> Path:
-    """Moves a scratch checkpoint into the run folder, whole, and drops all but the newest few."""
+    """Moves a scratch checkpoint into the run folder, whole, and drops all but the newest few.
+
+    Newer ones can only be damaged, since training went on from before them, so they count for nothing and go too."""
     run_folder.mkdir(parents=True, exist_ok=True)
     part = run_folder / f".{scratch.name}.part"
     final = run_folder / scratch.name
@@ -111,8 +113,10 @@ def publish(scratch: Path, run_folder: Path) -> Path:
         shutil.rmtree(scratch.parent)
     for left in run_folder.glob(".epoch-*.part"):  # by a process that was killed
         shutil.rmtree(left)
-    for old in _checkpoints(run_folder)[NUM_KEPT:]:
-        shutil.rmtree(old)
+    there = _checkpoints(run_folder)
+    place = there.index(final)
+    for gone in [*there[:place], *there[place + NUM_KEPT :]]:
+        shutil.rmtree(gone)
     return final
 
 

@@ -6,6 +6,7 @@ is left to clean up. Who holds it stands in a file beside it, which is only for 
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -27,8 +28,7 @@ def held(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / LOCK)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=wait_s)
+        _acquire(lock, folder, wait_s)
     except Timeout as error:
         raise BusyError(
             f"{folder}: {_holder(folder)} is at work on it; wait for that process or stop it, or set another name"
@@ -43,6 +43,18 @@ def held(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
         if made and [path.name for path in folder.iterdir()] == [LOCK]:
             _remove(made)
         lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path, wait_s: float) -> None:
+    """Takes a folder's lock; the folder is made again where its last holder takes it back meanwhile."""
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=max(0.0, deadline_s - time.monotonic()))
+        except FileNotFoundError:
+            continue
+        return
 
 
 def _remove(made: list[Path]) -> None:

@@ -3,7 +3,7 @@ the wish to stop the other. Files survive whoever wrote them; Ray loses the last
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
@@ -56,12 +56,21 @@ def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
     reports.unlink(missing_ok=True)
 
 
+def hear_the_rest(folder: Path, sinks: Sequence[Sink]) -> None:
+    """Tells the sinks what a run's workers reported after their driver had died."""
+    with following(folder, sinks):
+        pass
+
+
 @contextmanager
 def stop_sign(folder: Path) -> Iterator[Path]:
-    """Gives the file that asks all workers to stop, wherever they are; there is none at first and in the end."""
+    """Gives the file that asks all workers to stop, wherever they are; there is none at first and in the end, nor a
+    folder that holds nothing else."""
     sign = folder / STOP
     sign.unlink(missing_ok=True)
     try:
         yield sign
     finally:
         sign.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds what the run has made, or was never there
+            folder.rmdir()

@@ -32,10 +32,11 @@ from meamtm.tracking import (
     warn_of_rest,
 )
 from meamtm.training.checkpoint import Labels, check_origin, newest, read_record
-from meamtm.training.context import LocalContext, choose_device
+from meamtm.training.context import Context, LocalContext, choose_device
 from meamtm.training.evaluate import Evaluation, evaluate
 from meamtm.training.lock import held
 from meamtm.training.memory import check_memory
+from meamtm.training.notes import hear_the_rest
 from meamtm.training.optim import make_optimizer
 from meamtm.training.predictions import PREDICTIONS, gather_predictions, write_predictions
 from meamtm.training.prepare import training_loader
@@ -65,16 +66,18 @@ def run_here(
         torch.set_num_threads(config.scale.threads)
     device = choose_device(config.scale)
     with open_record(config) as sinks:
-        context = LocalContext(run_folder(config), device, (sinks, *extra_sinks), should_stop)
-        _report_again(context)
+        told = (sinks, *extra_sinks)
+        context = LocalContext(run_folder(config), device, told, should_stop)
+        hear_the_rest(context.folder, told)
+        report_again(context, context.folder)
         return conclude(config, train(config, context), sinks)
 
 
-def _report_again(context: LocalContext) -> None:
-    """Tells the sinks of the newest checkpoint's epoch if the process died after publishing it and before it told."""
+def report_again(context: Context, folder: Path) -> None:
+    """Reports the newest checkpoint's epoch if the process died after publishing it and before it told."""
     found = context.resume_from()
     metrics = {} if found is None else read_record(found)["metrics"]
-    told = {row["step"] for row in read_rows(context.folder / "metrics.jsonl")}
+    told = {row["step"] for row in read_rows(folder / "metrics.jsonl")}
     if metrics and metrics["epoch"] not in told:
         context.report(metrics)
 
@@ -222,8 +225,9 @@ def absolute(config: RunConfig) -> RunConfig:
     if not config.data.cache_dir.startswith("~"):  # which is each node's and each user's own
         changes["data.cache_dir"] = str(Path(config.data.cache_dir).resolve())
     if "://" not in config.data.path:
-        changes["data.path"] = str(Path(config.data.path).expanduser().resolve())
-    if (path := config.encoder.pretrained_path) is not None:  # not resolved: a link's target may have no suffix
+        # Not resolved: its name is part of what the run is, and a link's target may have another one.
+        changes["data.path"] = str(Path(config.data.path).expanduser().absolute())
+    if (path := config.encoder.pretrained_path) is not None:  # nor this: a link's target may have no suffix
         changes["encoder.pretrained"] = str(path.expanduser().absolute())
     if config.tracking.mlflow:
         changes["tracking.uri"] = resolve_uri(config.tracking)
