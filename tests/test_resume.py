@@ -111,10 +111,13 @@ def test_what_workers_reported_after_their_driver_died_is_told_by_a_plain_run_to
     (folder / "metrics.jsonl").write_text(told[0])
     for row in before.rows[1:]:
         leave_report(folder, {key: value for key, value in row.items() if key != "step"})
+    leave_report(folder, {"epoch": 4.0, "train/loss": 99.0})  # after the last checkpoint, so it is trained again
     run_here(config, (after,))
     epochs = [row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
     assert [row["step"] for row in epochs] == [1, 2, 3, 4]
+    assert [row["step"] for row in after.rows] == [2, 3, 4]
     assert science(after.rows[:2]) == science(before.rows[1:3])
+    assert after.rows[2]["train/loss"] < 99
 
 
 def test_an_epoch_that_a_trial_saved_and_did_not_tell_is_told_later(

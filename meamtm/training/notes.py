@@ -42,8 +42,7 @@ def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
             size_bytes = reports.stat().st_size
             for row in read_rows(reports):
                 if (step := int(row["step"])) > last:
-                    for sink in sinks:
-                        sink.log({key: value for key, value in row.items() if key not in ("step", "time")}, step)
+                    _tell(sinks, row, step)
                     last = step
 
     with ThreadPoolExecutor(1, thread_name_prefix="reports of workers") as pool:
@@ -56,10 +55,21 @@ def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
     reports.unlink(missing_ok=True)
 
 
-def hear_the_rest(folder: Path, sinks: Sequence[Sink]) -> None:
-    """Tells the sinks what a run's workers reported after their driver had died."""
-    with following(folder, sinks):
-        pass
+def hear_the_rest(folder: Path, sinks: Sequence[Sink], epochs: int) -> None:
+    """Tells the sinks what a run's workers reported after their driver had died, up to the epoch from which a plain run
+    goes on; it measures later ones again."""
+    known = read_rows(folder / "metrics.jsonl")
+    last = int(known[-1]["step"]) if known else 0
+    for row in read_rows(folder / REPORTS):
+        if last < (step := int(row["step"])) <= epochs:
+            _tell(sinks, row, step)
+            last = step
+    (folder / REPORTS).unlink(missing_ok=True)
+
+
+def _tell(sinks: Sequence[Sink], row: Metrics, step: int) -> None:
+    for sink in sinks:
+        sink.log({key: value for key, value in row.items() if key not in ("step", "time")}, step)
 
 
 @contextmanager

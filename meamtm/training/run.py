@@ -68,7 +68,8 @@ def run_here(
     with open_record(config) as sinks:
         told = (sinks, *extra_sinks)
         context = LocalContext(run_folder(config), device, told, should_stop)
-        hear_the_rest(context.folder, told)
+        found = context.resume_from()
+        hear_the_rest(context.folder, told, 0 if found is None else read_record(found)["epoch"])
         report_again(context, context.folder)
         return conclude(config, train(config, context), sinks)
 
