@@ -235,6 +235,22 @@ def test_a_finished_study_is_not_run_again_and_reports_itself(finished_study, ca
 
 
 @pytest.mark.ray
+def test_a_finished_study_that_was_moved_names_the_places_where_it_is(finished_study, tmp_path):
+    plan, result = finished_study.plan, finished_study.result
+    for place, name in ((plan.config.studies_dir, "studies"), (plan.base.runs_dir, "runs")):
+        shutil.copytree(place, tmp_path / name)
+    words = [f"studies_dir={tmp_path / 'studies'}", f"runs_dir={tmp_path / 'runs'}", "tracking.mlflow=false"]
+    moved = load_plan(finished_study.path, words)
+    told: list[str] = []
+    found = run_study(moved, told.append)
+    assert not any("train/loss" in line for line in told), "nothing is trained again"
+    assert Path(found.folder) == moved.folder == tmp_path / "studies" / plan.name
+    assert Path(found.checkpoint) == tmp_path / "runs" / Path(result.run_folder).name / Path(result.checkpoint).name
+    assert (found.rows, found.test) == (result.rows, result.test)
+    assert run_study(moved, pytest.fail) == found
+
+
+@pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_trials_and_the_best_run_train_on_ray_workers(cluster, study, workers):
@@ -502,7 +518,13 @@ def test_a_finished_study_is_recognised_without_ray_or_optuna(study):
         "trials": 4,
         "time_budget_s": 60.0,
     }
-    found = {"rows": [row], "best": 0, "run_folder": "r", "checkpoint": "c", "test": {"test/accuracy": 0.4}}
+    found = {
+        "rows": [row],
+        "best": 0,
+        "run_folder": str(plan.folder),
+        "checkpoint": "c",
+        "test": {"test/accuracy": 0.4},
+    }
     (plan.folder / "result.json").write_text(json.dumps({**fields, **found, "mlflow_uri": None, "mlflow_run_id": None}))
     program = (
         "import sys; from tune.__main__ import main\n"

@@ -41,7 +41,8 @@ class Plan:
 
     @property
     def signature(self) -> str:
-        """Names a study: 8 hex digits over what its trials are; how many there are, where and how long is left out."""
+        """Names a study: 8 hex digits over what its trials are; how many there are, where, how long, and who ends early
+        (asha, race_p) or is suggested when (startup_trials) is left out, and may change between two commands."""
         science = {
             "base": signature(self.base),
             "space": {key: searched.model_dump(mode="json") for key, searched in self.config.space.items()},

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from meamtm.config import Value
@@ -59,6 +60,10 @@ class Result:
         same = (self.trials, self.time_budget_s) == (config.trials, config.time_budget_s)
         again = (self.finalists, self.finalist_seeds) == (config.finalists, config.finalist_seeds)
         return (enough or same) and (again or config.finalists == 1)
+
+    def is_at(self, folder: Path) -> bool:
+        """Whether the study and its best run lie where this result says, as they do not once they were moved."""
+        return Path(self.folder) == folder and Path(self.run_folder).exists()
 
     @property
     def num_ended(self) -> int:
