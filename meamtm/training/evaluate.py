@@ -98,12 +98,11 @@ def evaluate(
 
 
 def _check_unheard(saved: Saved, clips: Clips, indices: NDArray[np.int64], asked: str) -> None:
-    """Refuses clips that trained the model, which it would name far better than any that it never heard."""
+    """Refuses clips that trained the model or chose its epoch, which it names better than any that it never heard."""
     if (num_heard := _count_heard(saved, clips, indices)) > 0:
         data, chose = saved.config.data, saved.config.train.keep == "best"
-        unheard = (data.test_fold, None if chose else data.valid_fold)
+        held_out = [each for each in (data.test_fold, None if chose else data.valid_fold) if each is not None]
         did = f"trained {saved.folder}" + (" or chose its epoch" if chose else "")
-        held_out = [each for each in unheard if each is not None]
         remedy = f"its own is {' or '.join(map(str, held_out))}" if held_out else "none was held out"
         raise DataError(
             f"{asked}: {num_heard} of its {len(indices)} clips {did}, so this would be no test; "

@@ -18,6 +18,12 @@ def leave_report(folder: Path, metrics: Metrics) -> None:
     append_row(folder / REPORTS, metrics, int(metrics["epoch"]))
 
 
+def left_reports(folder: Path) -> list[dict[str, float]]:
+    """Gives the metrics of each epoch that workers have left; one that they trained again comes again."""
+    rows = read_rows(folder / REPORTS)
+    return [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
+
+
 def is_told_to_stop(folder: Path) -> bool:
     """Tells whether the workers should save and return."""
     return (folder / STOP).exists()
@@ -40,9 +46,10 @@ def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
             if not reports.exists() or reports.stat().st_size == size_bytes:
                 continue
             size_bytes = reports.stat().st_size
-            for row in read_rows(reports):
-                if (step := int(row["step"])) > last:
-                    _tell(sinks, row, step)
+            for metrics in left_reports(folder):
+                if (step := int(metrics["epoch"])) > last:
+                    for sink in sinks:
+                        sink.log(metrics, step)
                     last = step
 
     with ThreadPoolExecutor(1, thread_name_prefix="reports of workers") as pool:
@@ -53,23 +60,6 @@ def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
             ended.set()
         followed.result()
     reports.unlink(missing_ok=True)
-
-
-def hear_the_rest(folder: Path, sinks: Sequence[Sink], epochs: int) -> None:
-    """Tells the sinks what a run's workers reported after their driver had died, up to the epoch from which a plain run
-    goes on; it measures later ones again."""
-    known = read_rows(folder / "metrics.jsonl")
-    last = int(known[-1]["step"]) if known else 0
-    for row in read_rows(folder / REPORTS):
-        if last < (step := int(row["step"])) <= epochs:
-            _tell(sinks, row, step)
-            last = step
-    (folder / REPORTS).unlink(missing_ok=True)
-
-
-def _tell(sinks: Sequence[Sink], row: Metrics, step: int) -> None:
-    for sink in sinks:
-        sink.log({key: value for key, value in row.items() if key not in ("step", "time")}, step)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from meamtm.training.context import Context, LocalContext, choose_device
 from meamtm.training.evaluate import Evaluation, evaluate
 from meamtm.training.lock import held
 from meamtm.training.memory import check_memory
-from meamtm.training.notes import hear_the_rest
+from meamtm.training.notes import REPORTS, left_reports
 from meamtm.training.optim import make_optimizer
 from meamtm.training.predictions import PREDICTIONS, gather_predictions, write_predictions
 from meamtm.training.prepare import training_loader
@@ -66,21 +66,23 @@ def run_here(
         torch.set_num_threads(config.scale.threads)
     device = choose_device(config.scale)
     with open_record(config) as sinks:
-        told = (sinks, *extra_sinks)
-        context = LocalContext(run_folder(config), device, told, should_stop)
-        found = context.resume_from()
-        hear_the_rest(context.folder, told, 0 if found is None else read_record(found)["epoch"])
+        context = LocalContext(run_folder(config), device, (sinks, *extra_sinks), should_stop)
         report_again(context, context.folder)
         return conclude(config, train(config, context), sinks)
 
 
 def report_again(context: Context, folder: Path) -> None:
-    """Reports the newest checkpoint's epoch if the process died after publishing it and before it told."""
+    """Reports epochs up to the newest checkpoint that the record lacks: the last one, of a process that died after
+    publishing it and before it told, and what workers left whose driver had died. Later ones are trained again."""
     found = context.resume_from()
-    metrics = {} if found is None else read_record(found)["metrics"]
+    record = {"epoch": 0, "metrics": {}} if found is None else read_record(found)
     told = {row["step"] for row in read_rows(folder / "metrics.jsonl")}
-    if metrics and metrics["epoch"] not in told:
-        context.report(metrics)
+    left = [metrics for metrics in left_reports(folder) if metrics["epoch"] <= record["epoch"]]
+    for metrics in [*left, record["metrics"]]:
+        if metrics and metrics["epoch"] not in told:
+            context.report(metrics)
+            told.add(metrics["epoch"])
+    (folder / REPORTS).unlink(missing_ok=True)
 
 
 def conclude(config: RunConfig, metrics: dict[str, float], sinks: Sinks) -> Outcome:
