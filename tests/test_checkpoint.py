@@ -111,6 +111,7 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
 
 
 def test_names_sort_by_age() -> None:
+    """As long as there are fewer than 100,000 epochs."""
     cursors = [(0, 3), (1, 0), (1, 2), (1, 11), (2, 0), (10, 0), (99_999, 0)]
     names = [checkpoint_name(cursor) for cursor in cursors]
     assert names == sorted(names)
@@ -121,11 +122,18 @@ def test_only_the_newest_are_kept_and_nothing_else_is_touched(tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / "epoch-notes.txt").write_text("mine")
     (tmp_path / "test").mkdir()
+    (tmp_path / "epoch-00002-mine").mkdir()
     for epoch in range(1, 5):
         write(tmp_path, (epoch, 0))
     assert NUM_KEPT == 2
-    kept = ["epoch-00003", "epoch-00004", "epoch-notes.txt", "metrics.jsonl", "test"]
+    kept = ["epoch-00002-mine", "epoch-00003", "epoch-00004", "epoch-notes.txt", "metrics.jsonl", "test"]
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_the_newest_is_that_of_the_highest_number(tmp_path: Path) -> None:
+    for cursor in [(99_998, 0), (99_999, 0), (100_000, 0), (100_000, 3)]:
+        assert newest(tmp_path) != write(tmp_path, cursor) == newest(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-100000", "epoch-100000-batch-000003"]
 
 
 @pytest.mark.parametrize("damaged", [[50], [50, 52]])

@@ -235,10 +235,12 @@ def test_a_finished_study_is_not_run_again_and_reports_itself(finished_study, ca
 
 
 @pytest.mark.ray
-def test_a_finished_study_that_was_moved_names_the_places_where_it_is(finished_study, tmp_path):
+def test_a_finished_study_that_was_moved_names_the_places_where_it_is(finished_study, tmp_path, request):
     plan, result = finished_study.plan, finished_study.result
     for place, name in ((plan.config.studies_dir, "studies"), (plan.base.runs_dir, "runs")):
         shutil.copytree(place, tmp_path / name)
+        Path(place).rename(f"{place}-away")
+        request.addfinalizer(lambda place=place: Path(f"{place}-away").rename(place))
     words = [f"studies_dir={tmp_path / 'studies'}", f"runs_dir={tmp_path / 'runs'}", "tracking.mlflow=false"]
     moved = load_plan(finished_study.path, words)
     told: list[str] = []

@@ -61,9 +61,10 @@ class Result:
         again = (self.finalists, self.finalist_seeds) == (config.finalists, config.finalist_seeds)
         return (enough or same) and (again or config.finalists == 1)
 
-    def is_at(self, folder: Path) -> bool:
+    @property
+    def is_there(self) -> bool:
         """Whether the study and its best run lie where this result says, as they do not once they were moved."""
-        return Path(self.folder) == folder and Path(self.run_folder).exists()
+        return Path(self.folder).exists() and Path(self.run_folder).exists()
 
     @property
     def num_ended(self) -> int:

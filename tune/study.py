@@ -49,7 +49,7 @@ def run_study(plan: Plan, tell: Tell) -> Result:
 
     Raises KeyboardInterrupt when told to stop, after ending every MLflow run; the next call continues. BusyError while
     another process runs the study."""
-    if (done := read_result(plan)) is not None and done.covers(plan.config) and done.is_at(plan.folder):
+    if (done := read_result(plan)) is not None and done.covers(plan.config) and done.is_there:
         if (digest := digest_of(plan.base.data.path)) is not None:  # what was found can be read without it
             _check_digest(plan, done.data_digest or _digest_of_trials(plan, done.rows), digest)
         if not is_recorded(plan, done):

@@ -110,7 +110,7 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, how large, how exact."""
 
-    epochs: int = Field(default=60, ge=1, lt=100_000, description="passes over the training clips")
+    epochs: int = Field(default=60, ge=1, le=100_000, description="passes over the training clips")
     batch_size: int = Field(default=32, ge=1, le=65_536, description="clips per step, over all workers together")
     epoch_batches: int = Field(
         default=8,

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import time
@@ -31,6 +32,7 @@ FORMAT = 1
 STATE = "train_state.pt"
 """What only training needs: three quarters of a checkpoint, which a model in use can do without."""
 RECORD = {"format", "epoch", "batch", "metrics", "files"}
+NAME = re.compile(r"epoch-(\d{5,})(?:-batch-(\d+))?")
 SCRATCH, SCRATCH_S = "meamtm-checkpoint-", 86_400.0
 NUM_KEPT = 2
 """Newest checkpoints of a run that stay on disk: one, and one to fall back on."""
@@ -223,7 +225,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_name(cursor: tuple[int, int]) -> str:
-    """Names a checkpoint by its cursor; names sort by age."""
+    """Names a checkpoint by its cursor."""
     epoch, batch = cursor
     return f"epoch-{epoch:05d}" + (f"-batch-{batch:06d}" if batch else "")
 
@@ -237,7 +239,10 @@ def _sweep_scratch() -> None:
 
 
 def _checkpoints(run_folder: Path) -> list[Path]:
-    return sorted((path for path in run_folder.glob("epoch-*") if path.is_dir()), reverse=True)
+    """A run's checkpoints, damaged ones too, the newest first; a folder of another name is the user's."""
+    named = [(NAME.fullmatch(path.name), path) for path in run_folder.glob("epoch-*") if path.is_dir()]
+    cursors = {path: (int(name[1]), int(name[2] or 0)) for name, path in named if name is not None}
+    return sorted(cursors, key=lambda path: cursors[path], reverse=True)
 
 
 def _digest(path: Path) -> str:
