@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from meamtm.config import Folder, Section, build, flatten, parse_changes, read_yaml
+from meamtm.config import Folder, Name, Section, build, flatten, parse_changes, read_yaml
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Anchored by a slash: these are gitignore patterns, and a bare `data` would leave out meamtm/data too.
@@ -34,7 +34,7 @@ class JobConfig(Section):
     kind: Literal["train", "crossval", "tune", "nested", "pack"] | None = Field(
         None, description="which command runs; every job names one"
     )
-    name: str = Field("job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the job's ID")
+    name: Name = Field("job", description="first part of the job's ID")
     config: str | None = Field(
         None, description="train, crossval: run file; tune, nested: study file; inside working_dir"
     )

@@ -432,6 +432,24 @@ def test_numbers_and_dates_are_good_names() -> None:
     assert from_flat({"optim.lr": "3e-4"}).optim.lr == 3e-4  # to YAML, 3e-4 without a point is a word
 
 
+@pytest.mark.parametrize("name", ["1.10", "010", "0x10", "1_000", "1.5", "7", "1.0e-3", "1.0e-9", "0b11", "9" * 30])
+def test_a_number_for_a_name_stays_as_it_is_written(name: str, tmp_path: Path) -> None:
+    """Of these YAML makes 1.1, 8, 16, 1000 ..., so that two runs would share a folder."""
+    config = from_flat(parse_changes([f"name={name}", f"runs_dir={name}", f"data.path={name}"]))
+    assert (config.name, config.runs_dir, config.data.path) == (name, name, name)
+    write_yaml(tmp_path / "run.yaml", differences(config))
+    assert load(tmp_path / "run.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("optim.lr=5.0e-4", 5e-4), ("optim.lr=0.0010", 1e-3), ("train.epochs=010", 10), ("train.epochs=1_000", 1_000),
+     ("scale.workers=[01, 2]", [1, 2]), ("encoder.stride=[010, 10]", [10, 10])],
+)  # fmt: skip
+def test_a_number_is_read_however_it_is_written(word: str, value: Any) -> None:
+    assert flatten(from_flat(parse_changes([word])))[word.partition("=")[0]] == value
+
+
 def test_the_default_run_has_its_golden_signature() -> None:
     """A commit that changes the golden file says which default it changed, and why."""
     assert signature(RunConfig()) == GOLDEN.read_text().strip()

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from meamtm.config import Folder, Section, build, flatten
+from meamtm.config import Folder, Name, Section, build, flatten
 from meamtm.errors import ConfigError
 from tune.space import Range, number, parse_ranges
 
@@ -39,9 +39,7 @@ class LimitsConfig(Section):
 class StudyConfig(Section):
     """Everything that a study is."""
 
-    name: str = Field(
-        "study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the study folder's name"
-    )
+    name: Name = Field("study", description="first part of the study folder's name")
     studies_dir: Folder = Field("studies", description="folder of all study folders")
     base: str | None = Field(None, description="YAML file of the run that trials start from; null: the defaults")
     set: dict[str, Any] = Field({}, description="changes to the base run: dotted keys and values")

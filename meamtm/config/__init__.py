@@ -30,7 +30,7 @@ from meamtm.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
-from meamtm.config.section import Folder, Section
+from meamtm.config.section import Folder, Name, Section
 from meamtm.config.yaml_text import read_yaml
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "LossConfig",
     "MelConfig",
     "MixConfig",
+    "Name",
     "OptimConfig",
     "RunConfig",
     "ScaleConfig",

@@ -1,13 +1,13 @@
 """What can be set: one frozen section per room. Every default lives once, with its meaning, unit and range; the model's
 sections are in `mel` and `encoder`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from meamtm.config.encoder import EncoderConfig
 from meamtm.config.mel import MelConfig
-from meamtm.config.section import Folder, Section
+from meamtm.config.section import Folder, Name, Section, Word
 
 NumWorkers = Annotated[int, Field(ge=0, le=4096)]
 
@@ -15,7 +15,7 @@ NumWorkers = Annotated[int, Field(ge=0, le=4096)]
 class DataConfig(Section):
     """Which clips are used, and how they reach a process."""
 
-    path: str = Field(
+    path: Word = Field(
         default="data/synth-packed", description="packed data set: a folder made by `meamtm pack`, or a pyarrow URI"
     )
     clip_s: float = Field(
@@ -216,9 +216,7 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """Everything that a run is. Equal signatures are the same run."""
 
-    name: str = Field(
-        default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first part of the run folder's name"
-    )
+    name: Name = Field(default="run", description="first part of the run folder's name")
     runs_dir: Folder = Field(default="runs", description="folder of all run folders")
     data: DataConfig = DataConfig()
     mel: MelConfig = MelConfig()
@@ -230,11 +228,6 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     scale: ScaleConfig = ScaleConfig()
     tracking: TrackingConfig = TrackingConfig()
-
-    @field_validator("name", "runs_dir", mode="before")
-    @classmethod
-    def _word(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @property
     def clip_samples(self) -> int:

@@ -1,8 +1,8 @@
 """What every section of the configuration is."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -12,11 +12,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _word(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def _check_folder(value: str) -> str:
     if "://" in value:
         raise PydanticCustomError("folder", "Files are written there, and an address is no folder; name a folder")
     return value
 
 
-Folder = Annotated[str, AfterValidator(_check_folder)]
+Word = Annotated[str, BeforeValidator(_word)]
+"""Text, which may be a number (2024) to YAML."""
+Name = Annotated[Word, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""The first part of what a folder or a job is called."""
+Folder = Annotated[Word, AfterValidator(_check_folder)]
 """A path for what is written; what is read (`data.path`) may be a URI."""

@@ -14,6 +14,7 @@ from meamtm.errors import ConfigError
 
 MOST_BYTES = 1 << 20
 """Settings are kilobytes."""
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 BREAKS = frozenset("\x85\u2028\u2029")
 """Line breaks of Unicode."""
 
@@ -39,7 +40,16 @@ class _Loader(yaml.SafeLoader):
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: Any) -> int | float | str:
+        """Reads a number; one that neither Python nor PyYAML writes so (1.10, or 010, which is 8 to YAML) stays the
+        text that it is: a name loses nothing, and keys that are numbers read it all the same."""
+        construct = self.construct_yaml_int if node.tag == INT else self.construct_yaml_float
+        number, text = construct(node), self.construct_scalar(node)
+        return number if text in (str(number), str(number).replace("e", ".0e")) else text
 
+
+for tag in (INT, FLOAT):
+    _Loader.add_constructor(tag, _Loader.construct_number)
 # A date stays the text that it is: no key wants one, and a name may look like one.
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
