@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meamtm.errors import MeamtmError
-from meamtm.screen import leave_quickly
+from meamtm.screen import run_commands
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from jobs.submit import Cluster
 
 app = typer.Typer(
-    name="python -m jobs",
     help="Runs, studies and packing on a Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
@@ -104,13 +102,8 @@ def list_jobs(address: Address = None) -> None:
 
 
 def main() -> None:
-    """Runs a command; the user's mistakes become one line and exit code 2."""
-    leave_quickly()
-    try:
-        app()
-    except MeamtmError as error:
-        _say(str(error))
-        sys.exit(2)
+    """Runs the command."""
+    run_commands(app, "python -m jobs")
 
 
 def _cluster(address: str | None) -> "Cluster":

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meamtm.errors import FULL_DISK, MeamtmError
-from meamtm.screen import bar, counting, epoch_bar, leave_quickly, numbers, run_bars, steps, stop_on_signal
+from meamtm.errors import MeamtmError
+from meamtm.screen import bar, counting, epoch_bar, numbers, run_bars, run_commands, steps, stop_on_signal
 from meamtm.tables import print_answers, print_crossval, print_evaluation, print_settings, print_written
 
 if TYPE_CHECKING:
@@ -42,27 +42,16 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="run fold
 
 
 def main() -> None:
-    """Runs the command: 0 done, 2 the user's mistake in one line, 1 anything else."""
+    """Runs the command."""
     # Threads that spin long while they wait take the core from those that work, and those that do not spin at all
     # wake late for each small operation (docs/results.md). OpenMP reads this when torch is loaded, which is later.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    leave_quickly()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("meamtm").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what no screen can show
-    try:
-        app()
-    except MeamtmError as error:
-        typer.echo(f"meamtm: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        where = error.filename or "a file"
-        typer.echo(f"meamtm: {where}: {error.strerror}; make room, and run the same command again", err=True)
-        sys.exit(2)
+    run_commands(app, "meamtm")
 
 
 @app.command()

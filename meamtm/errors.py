@@ -5,10 +5,21 @@ import errno
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says of a disk, a quota or a file that takes no more."""
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What it says of a place that this user may not read or write."""
 
 
 class MeamtmError(Exception):
     """Something that the user can put right."""
+
+
+def remedy(error: OSError) -> str | None:
+    """Says what a user can do about a file that the system refuses; None where that is not for a user to put right."""
+    if error.errno in FULL_DISK:
+        return "make room, and run the same command again"
+    if error.errno in DENIED and error.filename is not None:
+        return "give this user the right to it, or name another place"
+    return None
 
 
 class ConfigError(MeamtmError):

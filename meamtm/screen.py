@@ -3,8 +3,9 @@
 import atexit
 import gc
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,26 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 
-from meamtm.errors import MeamtmError
+from meamtm.errors import MeamtmError, remedy
 
 if TYPE_CHECKING:
     from meamtm.config import RunConfig
     from meamtm.tracking import Listener, Metrics
+
+
+def run_commands(app: typer.Typer, program: str, words: Sequence[str] | None = None) -> None:
+    """Runs what the command line says: 0 done, 2 the user's mistake in one line, 1 anything else."""
+    leave_quickly()
+    try:
+        return app(words, prog_name=program)
+    except MeamtmError as error:
+        said = str(error)
+    except OSError as error:
+        if (todo := remedy(error)) is None:
+            raise
+        said = f"{error.filename or 'a file'}: {error.strerror}; {todo}"
+    typer.echo(f"{program.rpartition(' ')[2]}: {said}", err=True)
+    sys.exit(2)
 
 
 @contextmanager

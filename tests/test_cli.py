@@ -313,3 +313,12 @@ def test_the_installed_command_exits_with_two_and_one_line(tmp_path: Path) -> No
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "meamtm: optim.lrr=1: no such key; did you mean optim.lr?\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody makes folders in /sys, not even root")
+def test_a_place_that_is_closed_to_the_user_is_told_in_one_line() -> None:
+    done = meamtm_command("synth", "/sys/meamtm")
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(
+        r"meamtm: /sys/\S*meamtm\S*: .+; give this user the right to it, or name another place\n", done.err
+    ), done.err

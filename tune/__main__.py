@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from meamtm.errors import ConfigError, MeamtmError
-from meamtm.screen import leave_quickly
+from meamtm.errors import ConfigError
+from meamtm.screen import run_commands
 
 app = typer.Typer(
     add_completion=False,
@@ -32,18 +32,13 @@ Changes = Annotated[
 
 
 def main() -> None:
-    """Runs the command: 0 done, 2 the user's mistake in one line, 1 anything else."""
+    """Runs the command."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.cli.main
-    leave_quickly()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     words = sys.argv[1:]
     if words and words[0] not in ("report", "nested", "--help"):
         words = ["run", *words]  # the study file may come first
-    try:
-        app(words, prog_name="python -m tune")
-    except MeamtmError as error:
-        typer.echo(f"tune: {error}", err=True)
-        sys.exit(2)
+    run_commands(app, "python -m tune", words)
 
 
 @app.command()
