@@ -5,6 +5,7 @@ the cluster reads this machine's files, every relative path and the MLflow datab
 copy of the working folder, which Ray deletes afterwards, and results written there would go with it."""
 
 import ipaddress
+import logging
 import os
 import re
 import secrets
@@ -125,6 +126,11 @@ def _run_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str
     if not path.is_relative_to(Path.cwd()):
         raise ConfigError(f"config={job.config} lies outside working_dir={job.working_dir} and is not copied; move it")
     run, paths = _read(job)
+    if _is_left_out(path, job):
+        raise ConfigError(
+            f"config={job.config}: excludes or .gitignore keep it from being copied to the cluster; copy it to another "
+            f"folder, such as configs"
+        )
     changes: dict[str, str | None] = {
         key: there for key, here in paths.items() if (there := _there(key, here, home)) != here
     }
@@ -147,6 +153,16 @@ def _read(job: JobConfig) -> tuple[RunConfig, dict[str, str]]:
     if (weights := run.encoder.pretrained_path) is not None:
         paths["encoder.pretrained"] = str(weights)
     return run, {"data.path": run.data.path, "data.cache_dir": run.data.cache_dir, "runs_dir": run.runs_dir, **paths}
+
+
+def _is_left_out(path: Path, job: JobConfig) -> bool:
+    """Tells whether the copy of the working folder lacks a file, by Ray's own reading of the patterns."""
+    from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
+    from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
+
+    reads_gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    lists = get_excludes_from_ignore_files(Path.cwd(), reads_gitignore, logging.getLogger(__name__))
+    return any(leaves_out(path) for leaves_out in (_get_excludes(Path.cwd(), list(job.excludes)), *lists))
 
 
 def _there(key: str, path: str, home: str | None) -> str:

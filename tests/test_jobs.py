@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -248,6 +249,21 @@ def test_a_wrong_job_names_key_value_rule_and_remedy(project: Path, settings: di
         prepare(job(**settings))
 
 
+@pytest.mark.parametrize(
+    ("config", "ignored"), [("studies/x/best.yaml", ""), ("mine/best.yaml", "mine/\n"), (".venv/../runs/best.yaml", "")]
+)
+def test_a_config_that_is_not_copied_is_refused(project: Path, config: str, ignored: str) -> None:
+    (project / ".gitignore").write_text(ignored)
+    (project / ".venv").mkdir()
+    (project / config).resolve().parent.mkdir(parents=True)
+    (project / config).write_text((project / "run.yaml").read_text())
+    with pytest.raises(ConfigError, match=rf"config={config}: excludes or .gitignore keep it from being copied"):
+        prepare(job(kind="train", config=config))
+    (project / "configs").mkdir(exist_ok=True)
+    shutil.copy(project / config, project / "configs")
+    assert "configs/best.yaml" in prepare(job(kind="train", config="configs/best.yaml")).entrypoint
+
+
 def test_the_copy_leaves_out_data_but_no_package_of_that_name(project: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 
@@ -330,7 +346,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         main()
     assert ended.value.code == 2
     said = capsys.readouterr()
-    assert said.err.startswith("nowhere.yaml: no such file;")
+    assert said.err.startswith("jobs: nowhere.yaml: no such file;")
     assert said.err.count("\n") == 1
     assert said.out == ""
 
@@ -571,7 +587,7 @@ def test_a_job_that_fails_says_why_and_exits_with_1(head: Head, sounds: Path) ->
 def test_a_wrong_or_missing_token_is_told_with_its_remedy(head: Head, env: dict[str, str], problem: str) -> None:
     done = head.jobs("list", **env)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"{head.address}: {problem}; the cluster asks for a token")
+    assert done.stderr.startswith(f"jobs: {head.address}: {problem}; the cluster asks for a token")
     assert "ray get-auth-token --generate" in done.stderr
     assert "RAY_AUTH_MODE=token" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -584,7 +600,7 @@ def test_an_unknown_job_is_told(head: Head) -> None:
         done = head.jobs(*command)
         assert done.returncode == 2
         assert done.stderr == (
-            f"{head.address}: no job of that ID (Job x does not exist); `python -m jobs list` names them\n"
+            f"jobs: {head.address}: no job of that ID (Job x does not exist); `python -m jobs list` names them\n"
         )
 
 
@@ -627,7 +643,8 @@ def test_more_than_a_cluster_takes_is_told(head: Head, sounds: Path) -> None:
         file.truncate(101 * 2**20)
     done = head.jobs("submit", "configs/jobs/pack.yaml", f"source={sounds}", "out=/x", f"working_dir={big}")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("working_dir: its copy is larger than a cluster takes (100 MiB);")
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("jobs: working_dir: its copy is larger than a cluster takes (100 MiB);")
 
 
 def small(head: Head, packed: Path) -> list[str]:
