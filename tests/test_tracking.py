@@ -197,6 +197,7 @@ def test_how_to_open_names_the_command_or_the_page() -> None:
         how_to_open("sqlite:////d/m.db", "abc")
         == f"run `mlflow ui --backend-store-uri sqlite:////d/m.db` and open {page}"
     )
+    assert "--backend-store-uri 'sqlite:////my runs/m.db'`" in how_to_open("sqlite:////my runs/m.db")
     assert how_to_open("https://me:secret@host/", "abc") == "open https://***@host/#/runs/abc"
     assert how_to_open("http://host:5000") == "open http://host:5000"
 

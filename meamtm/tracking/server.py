@@ -6,6 +6,7 @@ short time limits, passwords kept out of every message. MLflow itself is importe
 import logging
 import os
 import re
+import shlex
 import socket
 import sqlite3
 import time
@@ -92,7 +93,7 @@ def how_to_open(uri: str, run_id: str | None = None) -> str:
     shown = hide_password(uri).rstrip("/")
     if urlsplit(uri).scheme in ("http", "https"):
         return f"open {shown}{page}"
-    return f"run `mlflow ui --backend-store-uri {shown}` and open http://127.0.0.1:5000{page}"
+    return f"run `mlflow ui --backend-store-uri {shlex.quote(shown)}` and open http://127.0.0.1:5000{page}"
 
 
 def connect(uri: str) -> "mlflow.MlflowClient":
