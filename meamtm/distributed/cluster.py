@@ -44,6 +44,7 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
             with _on_loopback():
                 # Without "local" Ray would join what somebody has started here, and lose it when they stop it.
                 ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
