@@ -73,7 +73,7 @@ class JobConfig(Section):
     def _words(cls, env: Any) -> Any:
         if not isinstance(env, Mapping):
             return env
-        return {str(key): None if value is None else str(value) for key, value in env.items()}
+        return {str(key): None if value is None else _text(value) for key, value in env.items()}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -94,6 +94,10 @@ class JobConfig(Section):
                 f"address={self.address!r} is not an http(s) address; name Ray's dashboard, such as {DEFAULT_ADDRESS}"
             )
         return self
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)  # true, as it was written
 
 
 def load_job(path: str | Path, words: Sequence[str] = ()) -> JobConfig:

@@ -75,6 +75,8 @@ def prepare(job: JobConfig) -> Submission:
     address = find_address(job.address)
     shared = is_this_machine(address) if job.shares_files is None else job.shares_files
     home = job.home or (str(folder) if shared else None)
+    if home is not None and not home.startswith(("/", "~")):
+        raise ConfigError(f"home={home} is relative, so it would lie in the copy that Ray deletes; write it from / on")
     with chdir(folder):
         words, env = _pack_words(job, home, shared) if job.kind == "pack" else _run_words(job, home, shared)
     if job.kind in WITH_SEEDS:
@@ -112,8 +114,10 @@ def conceal(text: str, env: Mapping[str, str]) -> str:
 def _pack_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str], dict[str, str]]:
     assert job.source is not None
     assert job.out is not None
+    if re.match(r"[a-z][a-z0-9+.-]*://", job.source):
+        raise ConfigError(f"source={job.source} is a URI, and sounds are read from folders; name one that nodes see")
     source = _there("source", job.source, home)
-    if shared and "://" not in source and not Path(source).expanduser().exists():
+    if shared and not Path(source).expanduser().exists():
         raise ConfigError(f"source={job.source}: no such folder; name one that holds sounds")
     words = [source, _there("out", job.out, home)]
     return words + (["--manifest", _there("manifest", job.manifest, home)] if job.manifest else []), {}
@@ -122,15 +126,8 @@ def _pack_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[st
 def _run_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str], dict[str, str]]:
     """Reads the run or study as it stands here, and adds the changes that make it mean the same there."""
     assert job.config is not None
-    path = Path(job.config).resolve()
-    if not path.is_relative_to(Path.cwd()):
-        raise ConfigError(f"config={job.config} lies outside working_dir={job.working_dir} and is not copied; move it")
+    _check_copied("config", job.config, job)
     run, paths = _read(job)
-    if _is_left_out(path, job):
-        raise ConfigError(
-            f"config={job.config}: excludes or .gitignore keep it from being copied to the cluster; copy it to another "
-            f"folder, such as configs"
-        )
     changes: dict[str, str | None] = {
         key: there for key, here in paths.items() if (there := _there(key, here, home)) != here
     }
@@ -138,7 +135,8 @@ def _run_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str
     changes |= {"scale.address": None} if run.scale.address is not None else {}
     changes |= {"tracking.uri": None} if run.tracking.uri is not None else {}
     kept = [word for word in job.changes if word.partition("=")[0].removeprefix("set.") not in changes]
-    words = [str(path.relative_to(Path.cwd())), *kept, *(make_word(key, value) for key, value in changes.items())]
+    file = str(Path(job.config).resolve().relative_to(Path.cwd()))
+    words = [file, *kept, *(make_word(key, value) for key, value in changes.items())]
     return words, _tracking(job, run.tracking, shared)
 
 
@@ -147,6 +145,8 @@ def _read(job: JobConfig) -> tuple[RunConfig, dict[str, str]]:
     assert job.config is not None
     if job.kind in ("tune", "nested"):
         plan = load_plan(job.config, job.changes)
+        if plan.config.base is not None:
+            _check_copied("base", plan.config.base, job)
         run, paths = plan.base, {"studies_dir": plan.config.studies_dir}
     else:
         run, paths = load(job.config, parse_changes(job.changes)), {}
@@ -155,14 +155,23 @@ def _read(job: JobConfig) -> tuple[RunConfig, dict[str, str]]:
     return run, {"data.path": run.data.path, "data.cache_dir": run.data.cache_dir, "runs_dir": run.runs_dir, **paths}
 
 
-def _is_left_out(path: Path, job: JobConfig) -> bool:
-    """Tells whether the copy of the working folder lacks a file, by Ray's own reading of the patterns."""
+def _check_copied(key: str, file: str, job: JobConfig) -> None:
+    """Refuses a file that the copy of the working folder will lack, by Ray's own reading of the patterns."""
+    path = Path(file).resolve()
+    if not path.is_relative_to(Path.cwd()):
+        raise ConfigError(f"{key}={file} lies outside working_dir={job.working_dir} and is not copied; move it")
+    if not path.exists():  # which is told when it is read
+        return
     from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
     from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
 
     reads_gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
     lists = get_excludes_from_ignore_files(Path.cwd(), reads_gitignore, logging.getLogger(__name__))
-    return any(leaves_out(path) for leaves_out in (_get_excludes(Path.cwd(), list(job.excludes)), *lists))
+    if any(leaves_out(path) for leaves_out in (_get_excludes(Path.cwd(), list(job.excludes)), *lists)):
+        raise ConfigError(
+            f"{key}={file}: excludes or .gitignore keep it from being copied to the cluster; copy it to another "
+            f"folder, such as configs"
+        )
 
 
 def _there(key: str, path: str, home: str | None) -> str:
@@ -172,7 +181,7 @@ def _there(key: str, path: str, home: str | None) -> str:
     if home is None:
         raise ConfigError(
             f"{key}={path} is relative, and the cluster does not see this folder; give an absolute path "
-            f"{'or URI ' if key in ('data.path', 'source') else ''}that its nodes see, or set home"
+            f"{'or URI ' if key == 'data.path' else ''}that its nodes see, or set home"
         )
     return str(PurePosixPath(home) / path)
 

@@ -84,12 +84,12 @@ def test_a_shipped_job_opens_with_its_command_and_is_valid(path: Path) -> None:
 
 def test_words_of_the_job_change_it_and_all_others_reach_the_run(project: Path) -> None:
     (project / "job.yaml").write_text(
-        "kind: train\nconfig: run.yaml\nchanges: [train.seed=3]\nenv: {OMP_NUM_THREADS: 1}\n"
+        "kind: train\nconfig: run.yaml\nchanges: [train.seed=3]\nenv: {OMP_NUM_THREADS: 1, A: true, B: 1.10}\n"
     )
     words = ["name=night", "optim.lr=3e-4", "env.LANG=C", "train.epochs=2"]
     loaded = load_job("job.yaml", words)
     assert loaded.name == "night"
-    assert loaded.env == {"OMP_NUM_THREADS": "1", "LANG": "C"}
+    assert loaded.env == {"OMP_NUM_THREADS": "1", "A": "true", "B": "1.10", "LANG": "C"}
     assert loaded.changes == ("train.seed=3", "optim.lr=3e-4", "train.epochs=2")
 
 
@@ -241,12 +241,24 @@ def test_a_null_variable_is_taken_from_here(project: Path, monkeypatch: pytest.M
         ({"kind": "train", "config": "run.yaml", "changes": ["optim"]}, r"'optim' is not KEY=VALUE"),
         ({"kind": "tune", "config": "study.yaml", "changes": ["trails=3"]}, r"trails=3: no such key .* mean trials\?"),
         ({"kind": "pack", "source": "nowhere", "out": "b"}, r"source=nowhere: no such folder"),
+        ({"kind": "pack", "source": "s3://a/b", "out": "b"}, r"source=s3://a/b is a URI, and sounds are read from fol"),
+        ({"kind": "train", "config": "run.yaml", "home": "shared"}, r"home=shared is relative, so it would lie in"),
         ({"kind": "train", "config": "run.yaml", "working_dir": "nowhere"}, r"working_dir=nowhere: no such folder"),
     ],
 )
 def test_a_wrong_job_names_key_value_rule_and_remedy(project: Path, settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(job(**settings))
+
+
+def test_a_base_that_is_not_copied_is_refused(project: Path) -> None:
+    study = yaml.safe_load((project / "study.yaml").read_text())
+    for base, why in (("runs/x/config.yaml", "excludes or .gitignore keep it"), ("../base.yaml", "lies outside")):
+        (project / base).resolve().parent.mkdir(parents=True, exist_ok=True)
+        (project / base).write_text((project / "run.yaml").read_text())
+        (project / "study.yaml").write_text(yaml.safe_dump({**study, "base": base}))
+        with pytest.raises(ConfigError, match=rf"base={base}:? {why}"):
+            prepare(job(kind="tune", config="study.yaml"))
 
 
 @pytest.mark.parametrize(
