@@ -150,15 +150,14 @@ def train(
     from meamtm.distributed import run
     from meamtm.tracking import how_to_open
     from meamtm.training.checkpoint import newest
-    from meamtm.training.run import absolute, finished, run_folder
+    from meamtm.training.run import absolute, run_folder
 
     settings = absolute(settings)
     if resume and newest(folder := run_folder(settings)) is None:
         raise MeamtmError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out to begin")
-    is_done = finished(settings) is not None
     with stop_on_signal() as should_stop, bar() as progress:
         outcome = run(settings, (epoch_bar(progress, settings.train.epochs),), should_stop)
-    if is_done:
+    if outcome.was_done:
         typer.echo("this run is done; nothing was trained. Change a setting or `name` for another one.")
     if outcome.evaluation is not None:
         print_evaluation(outcome.evaluation)

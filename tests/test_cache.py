@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from meamtm.config import DataConfig
@@ -187,6 +188,19 @@ def test_a_damaged_shard_is_named_and_leaves_no_cache(packed: Path, tmp_path: Pa
     with pytest.raises(DataError, match=r"clips-00000\.parquet is missing or damaged .*; pack the data set again"):
         open_clips(settings(tmp_path / "set", tmp_path / "cache"), 8_000)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("cache", ["arrow", "none"])
+def test_a_damaged_clip_is_named(cache: str, packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "set")
+    [shard] = (tmp_path / "set").glob("clips-*.parquet")
+    table = pq.read_table(shard)
+    audio = [{**sound, "bytes": b"fLaC not really"} for sound in table.column("audio").to_pylist()]
+    column = pa.array(audio, table.schema.field("audio").type)
+    pq.write_table(table.set_column(table.schema.get_field_index("audio"), "audio", column), shard)
+    first = table.column("clip_id")[0].as_py()
+    with pytest.raises(DataError, match=rf"data\.path=.*/set: clip {first} is damaged \(.*\); pack the data set again"):
+        open_clips(settings(tmp_path / "set", tmp_path / "cache", cache=cache), 8_000).waveform(0)
 
 
 def test_a_cache_that_does_not_fit_is_refused(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

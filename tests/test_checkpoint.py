@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -86,6 +87,22 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     state = load_state(folder)
     assert state["counts"] == [1, 2]
     assert torch.equal(state["model"]["encoder.positions.grid"], model(1).state_dict()["encoder.positions.grid"])
+
+
+def test_files_that_have_settled_are_read_once_and_a_change_is_seen(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    weights = folder / "model.safetensors"
+    with patch("hashlib.file_digest", wraps=hashlib.file_digest) as read:
+        assert newest(tmp_path) == newest(tmp_path) == folder
+        assert read.call_count == 8, "of what was written just now each file is read each time"
+        for path in folder.iterdir():
+            os.utime(path, (1, 1))
+        assert newest(tmp_path) == newest(tmp_path) == folder
+        assert read.call_count == 12
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    assert newest(tmp_path) is None
 
 
 def test_a_model_in_use_needs_no_training_state(tmp_path: Path) -> None:

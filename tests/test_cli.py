@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from tiny import TINY
 from meamtm.config import RunConfig, from_flat, known_keys, signature, write_yaml
 from meamtm.data.packed import read_card
 from meamtm.training.checkpoint import load_model, newest
+from meamtm.training.evaluate import classify
 
 NO_GROUPS = (
     "each clip counts as a recording of its own; where several come from one, name it in a manifest's column `group`, "
@@ -44,9 +46,9 @@ class World(NamedTuple):
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """The built-in sounds, packed, and a run on them; commands are typed in this folder."""
     folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("COLUMNS", "80")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("COLUMNS", "80")
         places = {"name": "first", "data.path": "packed", "data.cache_dir": "cache"}
         write_yaml(folder / "run.yaml", {**TINY, **places, "train.epochs": 3})
         synth = meamtm_command("synth", "sounds", "--clips-per-class", 5, "--clip-s", 0.5)
@@ -149,8 +151,10 @@ def test_a_run_folder_holds_the_whole_record(world: World) -> None:
 
 def test_the_same_command_again_says_that_it_is_done(world: World) -> None:
     before = {path: path.stat().st_mtime_ns for path in world.run_folder.rglob("*")}
-    again = meamtm_command("train", "run.yaml")
+    with patch("meamtm.training.evaluate.classify", wraps=classify) as tested:
+        again = meamtm_command("train", "run.yaml")
     assert again.code == 0
+    assert tested.call_count == 1
     first, *rest = again.out.splitlines()
     assert first == "this run is done; nothing was trained. Change a setting or `name` for another one."
     assert rest == world.train.out.splitlines()

@@ -474,6 +474,7 @@ def test_where_a_data_set_lies_does_not_change_the_signature() -> None:
         return signature(override(RunConfig(), {"data.path": path}))
 
     assert signed("data/esc10") == signed("/mnt/data/esc10/") == signed("s3://bucket/esc10")
+    assert signed("data/esc10") == signed("s3://bucket/esc10?endpoint_override=http://10.0.0.1:9000&scheme=http")
     assert signed("data/esc10") != signed("data/esc50")
 
 

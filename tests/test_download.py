@@ -166,6 +166,17 @@ def test_a_server_without_ranges_begins_anew(server: Server, tmp_path: Path) -> 
     assert download_esc50(tmp_path / "esc50", server.url) == 100
 
 
+def test_a_server_that_always_breaks_off_before_its_end_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept of a file that tells no version: an attempt longer than the last one is no progress."""
+    monkeypatch.setattr(module, "ATTEMPTS", 3)
+    server.tag, server.breaks_after = "W/weak", [10_000, 20_000, *(1_000, 2_000) * 20]
+    with pytest.raises(ServiceError, match=r"cut off; .* and the same command begins anew, since it tells no version"):
+        download_esc50(tmp_path / "esc50", server.url)
+    assert server.asked == [""] * 5, "the second brought more than the first"
+
+
 def test_a_file_that_changed_meanwhile_is_fetched_whole(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,9 @@ def test_clips_that_trained_a_model_are_no_test_in_another_set_either(
     assert (found.part, len(found.clip_ids)) == ("fold 1", 20)
     unheard = packed_anew(sounds, tmp_path / "unheard", folds="1")
     assert len(evaluate(outcome.folder, str(unheard)).clip_ids) == 20
+    assert len(evaluate(outcome.folder, str(unheard), 1).clip_ids) == 20, "though no other fold has any class"
+    with pytest.raises(DataError, match=r"data.test_fold=2: .* has no such fold; choose one of 1"):
+        evaluate(outcome.folder, str(unheard), 2)
 
 
 def test_clips_that_chose_a_models_epoch_are_no_test_of_it(

@@ -4,6 +4,7 @@ from meamtm.config.encoder import WEIGHT_FILES, WEIGHT_SUFFIXES, EncoderConfig
 from meamtm.config.flat import (
     Value,
     build,
+    data_name,
     describe,
     differences,
     flatten,
@@ -53,6 +54,7 @@ __all__ = [
     "TrainConfig",
     "Value",
     "build",
+    "data_name",
     "describe",
     "differences",
     "flatten",

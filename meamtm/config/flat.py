@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -85,12 +86,17 @@ def signature(config: RunConfig) -> str:
     the name that Hugging Face gives to all.
     """
     flat = {key: value for key, value in flatten(config).items() if not key.startswith(UNSCIENTIFIC)}
-    flat["data.path"] = PurePath(config.data.path).name
+    flat["data.path"] = data_name(config.data.path)
     if flat["data.cache"] != "none":  # without a cache clips come in another order; which one there is decides nothing
         del flat["data.cache"]
     if (path := config.encoder.pretrained_path) is not None:
         flat["encoder.pretrained"] = (path.parent if path.name in WEIGHT_FILES else path).name
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def data_name(path: str) -> str:
+    """The last part of a data set's path, or of a URI without its query."""
+    return PurePath(urlsplit(path).path if "://" in path else path).name
 
 
 def run_name(config: RunConfig) -> str:

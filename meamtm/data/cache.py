@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Int16, Int64
 
 from meamtm.config import DataConfig
-from meamtm.data.audio import num_cores, read_audio, resampled_length
+from meamtm.data.audio import num_cores, resampled_length
 from meamtm.data.clips import Clips, MappedWaveforms, Waveforms
 from meamtm.data.folder import whole_folder
 from meamtm.data.packed import Packed
@@ -59,8 +59,7 @@ def open_clips(data: DataConfig, sample_rate_hz: int) -> Clips:
 
 def _stream(packed: Packed, sample_rate_hz: int) -> Clips:
     table = packed_facts(packed, sample_rate_hz)
-    row_groups = table.column("row_group").to_numpy().astype(np.int64)
-    return _clips(packed, table, StreamedWaveforms(packed, row_groups, sample_rate_hz), sample_rate_hz)
+    return _clips(packed, table, StreamedWaveforms(packed, table, sample_rate_hz), sample_rate_hz)
 
 
 def packed_facts(packed: Packed, sample_rate_hz: int) -> pa.Table:
@@ -164,22 +163,13 @@ def _write_waveforms(path: Path, packed: Packed, facts: pa.Table, sample_rate_hz
     names = iter(facts.column("clip_id").to_pylist())
     with ThreadPoolExecutor(num_cores()) as pool, pa.ipc.new_file(str(path), schema) as writer:
         for row_group in range(packed.num_row_groups):
-            decode = partial(_decode, packed.path, sample_rate_hz)
+            decode = partial(packed.decode, sample_rate_hz)
             sounds = packed.sounds(row_group)
             for waveforms in _batches(pool.map(decode, islice(names, len(sounds)), sounds)):
                 offsets = np.cumsum([0, *map(len, waveforms)], dtype=np.int32)
                 column = pa.ListArray.from_arrays(offsets, np.concatenate(waveforms), type=schema.field(0).type)
                 writer.write_batch(pa.record_batch([column], schema=schema))
     return _positions(path)
-
-
-def _decode(data_path: str, sample_rate_hz: int, clip_id: str, encoded: bytes) -> Int16[np.ndarray, " time"]:
-    try:
-        return read_audio(encoded, sample_rate_hz)[0]
-    except DataError as error:
-        raise DataError(
-            f"data.path={data_path}: clip {clip_id} is damaged ({error}); pack the data set again"
-        ) from error
 
 
 def _batches(waveforms: Iterable[Int16[np.ndarray, " time"]]) -> Iterator[list[Int16[np.ndarray, " time"]]]:

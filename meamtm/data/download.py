@@ -76,9 +76,10 @@ def _local(source: str) -> Path:
 
 def _fetch(url: str, part: Path, progress: Progress) -> None:
     """Fetches a file, and where a connection breaks goes on from there; gives up when that brings nothing any more."""
-    in_vain = 0
+    in_vain, most_bytes = 0, _size(part)
     while True:
-        before, reason = _size(part), "the connection was cut off"
+        goes_on, reason = _tag_of(part, url) is not None, "the connection was cut off"
+        before = _size(part) if goes_on else most_bytes  # without a tag each attempt begins anew
         try:
             if _fetch_rest(url, part, progress):
                 return
@@ -91,9 +92,11 @@ def _fetch(url: str, part: Path, progress: Progress) -> None:
                 raise
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         in_vain = 0 if _size(part) > before else in_vain + 1
+        most_bytes = max(most_bytes, _size(part))
         if in_vain == ATTEMPTS:
+            rest = "goes on from there" if _tag_of(part, url) is not None else "begins anew, since it tells no version"
             raise ServiceError(
-                f"{url}: {reason}; {_size(part) / 1e6:.1f} MB are here, and the same command goes on from there; "
+                f"{url}: {reason}; {_size(part) / 1e6:.1f} MB are here, and the same command {rest}; "
                 f"--from names another source"
             )
         time.sleep(in_vain * PAUSE_S)

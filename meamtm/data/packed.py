@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+from jaxtyping import Int16
 from pydantic import TypeAdapter
 
+from meamtm.data.audio import read_audio
 from meamtm.errors import DataError
 
 FORMAT = 1
@@ -104,6 +106,15 @@ class Packed:
         shard, group = self._groups[row_group]
         audio = self._read(shard, [group], {"audio"}).column("audio").combine_chunks()
         return audio.field("bytes").to_pylist()
+
+    def decode(self, sample_rate_hz: int, clip_id: str, encoded: bytes) -> Int16[np.ndarray, " time"]:
+        """Gives the waveform of a clip's encoded sound at another rate; DataError names a clip that is damaged."""
+        try:
+            return read_audio(encoded, sample_rate_hz)[0]
+        except DataError as error:
+            raise DataError(
+                f"data.path={self.path}: clip {clip_id} is damaged ({error}); pack the data set again"
+            ) from error
 
     def _read(self, shard: str, row_groups: Sequence[int], columns: set[str]) -> pa.Table:
         try:

@@ -36,6 +36,11 @@ def split_clips(clips: Clips, data: DataConfig) -> Split:
     return Split(*(np.flatnonzero(part) for part in parts))
 
 
+def held_out(clips: Clips, data: DataConfig) -> Int64[np.ndarray, " test"]:
+    """Gives the clips of `data.test_fold` in a set on which nothing trains."""
+    return np.flatnonzero(_fold(clips, data, "test_fold"))
+
+
 def _fold(clips: Clips, data: DataConfig, key: str) -> Bool[np.ndarray, " clip"]:
     fold = getattr(data, key)
     folds = clips.folds

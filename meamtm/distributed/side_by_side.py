@@ -26,7 +26,7 @@ Heard = Callable[[int, Metrics, int], None]
 def run_all(
     configs: Sequence[RunConfig], heard: Heard = lambda *_: None, should_stop: Callable[[], bool] = lambda: False
 ) -> list[Outcome]:
-    """Trains, tests and records every run; those that are done only read their record.
+    """Trains, tests and records every run; those that are done are only tested once more.
 
     Runs with workers of their own follow one another. One run alone trains in this process, unless a cluster is named,
     where this may be a job's process on a head node without GPU. Raises the first error of a run after asking the

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ STATE = "train_state.pt"
 """What only training needs: three quarters of a checkpoint, which a model in use can do without."""
 RECORD = {"format", "epoch", "batch", "metrics", "files"}
 NAME = re.compile(r"epoch-(\d{5,})(?:-batch-(\d+))?")
+SETTLED_NS = 2_000_000_000
 SCRATCH, SCRATCH_S = "meamtm-checkpoint-", 86_400.0
 NUM_KEPT = 2
 """Newest checkpoints of a run that stay on disk: one, and one to fall back on."""
@@ -246,6 +248,14 @@ def _checkpoints(run_folder: Path) -> list[Path]:
 
 
 def _digest(path: Path) -> str:
+    """Reads a file once, however often one asks, unless it is so new that a change might not show in its time."""
+    found = path.stat()
+    read = _digest_of if time.time_ns() - found.st_mtime_ns > SETTLED_NS else _digest_of.__wrapped__
+    return read(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, _size_bytes: int, _changed_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

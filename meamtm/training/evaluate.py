@@ -11,12 +11,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meamtm.config import RunConfig, flatten, override
+from meamtm.config import RunConfig, data_name, flatten, override
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
 from meamtm.data.packed import Card, digest_of, read_card
-from meamtm.data.split import split_clips
+from meamtm.data.split import held_out, split_clips
 from meamtm.errors import CheckpointError, DataError
 from meamtm.model.precision import autocast
 from meamtm.model.transformer import AudioTransformer
@@ -69,12 +69,15 @@ def evaluate(
     card = read_card(config.data.path)
     _check_data(saved, card, config.data.path, is_given=data_path is not None)
     clips = open_clips(config.data, config.mel.sample_rate_hz)
-    is_foreign = fold is None and card.digest != saved.labels.digest
+    is_foreign = card.digest != saved.labels.digest
     if clips.has_split and fold is not None:
         raise DataError(
             f"--fold={fold}: {config.data.path} has a split of its own, so folds decide nothing; leave --fold out"
         )
-    indices = np.arange(len(clips)) if is_foreign else split_clips(clips, config.data).test
+    if is_foreign:  # nothing trains on it, so it need not have every class elsewhere
+        indices = np.arange(len(clips)) if fold is None else held_out(clips, config.data)
+    else:
+        indices = split_clips(clips, config.data).test
     if len(indices) == 0 and clips.has_split:
         raise DataError(f"data.path={config.data.path}: no clip of its split is for testing; name other data by --data")
     if len(indices) == 0:
@@ -87,7 +90,7 @@ def evaluate(
     target = target[:, [clips.classes.index(name) for name in classes]]  # another data set may order them otherwise
     return Evaluation(
         checkpoint=saved.folder,
-        part="all clips" if is_foreign else "its own split" if clips.has_split else f"fold {config.data.test_fold}",
+        part=_part(clips, config, is_whole=is_foreign and fold is None),
         classes=classes,
         metrics={f"test/{key}": value for key, value in scores(probability, target, multi_label=multi_label).items()},
         clip_ids=tuple(np.array(clips.ids)[indices]),
@@ -95,6 +98,12 @@ def evaluate(
         target=target.numpy(),
         confusion=None if multi_label else confusion(probability, target).numpy(),
     )
+
+
+def _part(clips: Clips, config: RunConfig, *, is_whole: bool) -> str:
+    if is_whole:
+        return "all clips"
+    return "its own split" if clips.has_split else f"fold {config.data.test_fold}"
 
 
 def _check_unheard(saved: Saved, clips: Clips, indices: NDArray[np.int64], asked: str) -> None:
@@ -156,7 +165,7 @@ def _check_data(saved: Saved, card: Card, path: str, *, is_given: bool) -> None:
         raise CheckpointError(
             f"{saved.folder} names one class for each clip, and clips of {path} have several; evaluate on data with one"
         )
-    has_its_name = Path(path).name == Path(saved.config.data.path).name
+    has_its_name = data_name(path) == data_name(saved.config.data.path)
     if card.digest != saved.labels.digest and has_its_name and not _is_there(saved):
         raise DataError(
             f"--data={path}: has the name of the data set that trained {saved.folder}, which is not there any more, "

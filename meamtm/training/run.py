@@ -53,12 +53,14 @@ class Outcome:
     """Of the last epoch."""
     evaluation: Evaluation | None
     """None where no clip is held out."""
+    was_done: bool = False
+    """Whether nothing was left to train."""
 
 
 def run_here(
     config: RunConfig, extra_sinks: Sequence[Sink] = (), should_stop: Callable[[], bool] = lambda: False
 ) -> Outcome:
-    """Trains in this process, tests on the test fold and records both; a finished run only reads its record."""
+    """Trains in this process, tests on the test fold and records both; a finished run is only tested once more."""
     config = absolute(config)
     if (done := recall(config)) is not None:
         return done
@@ -123,7 +125,7 @@ def finished(config: RunConfig) -> Outcome | None:
     if record["epoch"] < config.train.epochs or not is_tested:
         return None
     evaluation = evaluate(checkpoint, here=config) if _holds_out(config) else None
-    return Outcome(folder, checkpoint, record["metrics"], evaluation)
+    return Outcome(folder, checkpoint, record["metrics"], evaluation, was_done=True)
 
 
 @contextmanager
