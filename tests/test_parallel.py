@@ -11,6 +11,10 @@ from tiny import PLAIN, Record, local, tiny
 from torch import multiprocessing
 
 from meamtm.config import RunConfig, flatten, from_flat
+from meamtm.model.precision import is_bf16
+from meamtm.model.transformer import AudioTransformer
+from meamtm.training.prepare import TrainingBatch
+from meamtm.training.step import make_learner, train_step
 from meamtm.training.train import train
 
 STEMS = {
@@ -25,10 +29,14 @@ OF_TWO_RANKS = {"patch": {"train.accumulation_steps": 4}}
 """Thirty clips of each rank, in parts of seven and eight."""
 
 
-def _rank(rank: int, port: int, flat: dict, out: str) -> None:
+def _join(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
+
+
+def _rank(rank: int, port: int, flat: dict, out: str) -> None:
+    _join(rank, port)
     config, record = from_flat(flat), Record()
     context = local(config, record)
     context.rank, context.world_size = rank, 2
@@ -41,11 +49,14 @@ def _rank(rank: int, port: int, flat: dict, out: str) -> None:
 
 
 def _two_ranks(config: RunConfig, out: Path) -> list[dict[str, float]]:
+    multiprocessing.spawn(_rank, args=(_free_port(), flatten(config), str(out)), nprocs=2)
+    return torch.load(out)
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, args=(port, flatten(config), str(out)), nprocs=2)
-    return torch.load(out)
+        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -65,3 +76,28 @@ def test_two_ranks_give_the_first_20_losses_of_one_process(
     assert losses == pytest.approx(record.column("train/loss"), abs=TOLERANCE[stem])
     assert losses[-1] < losses[0], "nothing was learned, so equal losses say nothing"
     assert [row["valid/loss"] for row in rows] == pytest.approx(record.column("valid/loss"), abs=1e-4)
+
+
+def _rank_of_its_own_kind(rank: int, port: int, flat: dict, out: str) -> None:
+    """As on two machines, of which one has bf16."""
+    _join(rank, port)
+    torch.cpu._is_avx512_bf16_supported = lambda: rank == 0
+    config = from_flat(flat)
+    assert is_bf16(config, torch.device("cpu")) == (rank == 0)
+    torch.manual_seed(0)
+    model = AudioTransformer(config, 4)
+    learner = make_learner(config, model, torch.device("cpu"), 10, multi_label=False, rank=rank, world_size=2)
+    waveform = torch.randn(4, config.clip_samples, generator=torch.Generator().manual_seed(rank))
+    for step in range(3):
+        train_step(learner, TrainingBatch(waveform, torch.eye(4), None, 8, step))
+    torch.save(model.state_dict(), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_of_which_one_has_bf16_keep_the_same_weights(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    changes = {"optim.name": "muon", "train.precision": "auto", "train.batch_size": 8, "encoder.drop_path": 0.0}
+    flat = flatten(tiny(packed, cache_dir, tmp_path, changes))
+    multiprocessing.spawn(_rank_of_its_own_kind, args=(_free_port(), flat, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for key, weight in first.items():
+        assert torch.equal(weight, second[key]), key

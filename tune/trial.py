@@ -13,7 +13,7 @@ import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from meamtm.config import RunConfig, from_flat
+from meamtm.config import RunConfig, from_flat, override
 from meamtm.distributed import make_trainer
 from meamtm.errors import MeamtmError
 from meamtm.tracking import JsonLines
@@ -114,7 +114,9 @@ def _hits(run: RunConfig) -> str:
     """Which clips of a trained run's validation fold its model names right; all labels, where there are several."""
     checkpoint = newest(run_folder(run))
     assert checkpoint is not None, "training ends with a checkpoint"
-    found = evaluate(checkpoint, fold=run.data.valid_fold, here=run)
+    # Where workers train, they have the GPUs, and this process has reserved none.
+    here = override(run, {"scale.device": "cpu"}) if run.scale.most_workers > 0 else run
+    found = evaluate(checkpoint, fold=run.data.valid_fold, here=here)
     right = found.probability.argmax(1) == found.target.argmax(1)
     if found.confusion is None:
         right = ((found.probability > 0.5) == (found.target > 0.5)).all(1)

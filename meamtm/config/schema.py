@@ -171,7 +171,12 @@ class ScaleConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is a device")
     cpus_per_worker: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for a worker or a trial")
-    gpus_per_worker: float = Field(default=1.0, gt=0, description="GPUs that Ray reserves for one, on CUDA")
+    gpus_per_worker: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of a GPU that Ray reserves for one, on CUDA; of memory it is no limit",
+    )
     max_failures: int = Field(default=1, ge=-1, description="restarts of a failed Ray Train run; -1: no limit")
     resize_s: float = Field(
         default=60.0, ge=1, description="seconds between looks for room to grow; growing goes back to a checkpoint"

@@ -130,7 +130,13 @@ def needs(scale: ScaleConfig) -> dict[str, float]:
 
 def room_for(wanted: Mapping[str, float]) -> int:
     """Counts how many processes have room, each of them on one node."""
-    return sum(min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in wanted.items()) for node in nodes())
+    return sum(min(shares(kind, node.get(kind, 0), amount) for kind, amount in wanted.items()) for node in nodes())
+
+
+def shares(kind: str, has: float, amount: float) -> int:
+    """Counts shares of what a node has; one of a GPU lies within one GPU."""
+    whole, rest = divmod(has, 1) if kind == "GPU" else (0, has)
+    return int(whole) * int(1 / amount + 1e-6) + int(rest / amount + 1e-6)
 
 
 def check_resources(scale: ScaleConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from meamtm.config import RunConfig, ScaleConfig, TrainConfig, flatten, from_flat, override
 from meamtm.data.packed import read_card
-from meamtm.distributed.cluster import check_resources, connect, named_address, needs, nodes
+from meamtm.distributed.cluster import check_resources, connect, named_address, needs, nodes, shares
 from meamtm.distributed.workers import run
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Listener, Metrics, read_rows
@@ -110,7 +110,7 @@ def _run_in_task(flat: dict[str, Any]) -> Outcome | str:
 
 def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
     """Gives each run an equal share of the processors of nodes that can take one, `scale.cpus_per_worker` at least, and
-    the memory of the largest.
+    the memory of the largest. Where GPUs tell how many run at once, a node's processors are shared by these alone.
 
     Memory is reserved as far as a node has it; what cannot fit at all is refused by the run itself.
     """
@@ -120,9 +120,11 @@ def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
     if "GPU" not in wanted:
         able = [node for node in able if node.get("memory", 0) >= needed] or able
     largest = max(able, key=lambda node: node["CPU"])  # no run is on two nodes
-    even = math.floor(min(sum(node["CPU"] for node in able) / len(todo), largest["CPU"]))
+    even = sum(node["CPU"] for node in able) / len(todo)
+    if "GPU" in wanted:
+        even = min(node["CPU"] / min(len(todo), shares("GPU", node["GPU"], wanted["GPU"])) for node in able)
     return {
-        "num_cpus": max(scale.cpus_per_worker, even),
+        "num_cpus": max(scale.cpus_per_worker, math.floor(min(even, largest["CPU"]))),
         "num_gpus": wanted.get("GPU", 0),
         "memory": 0 if "GPU" in wanted else min(needed, int(largest.get("memory", 0))),
         "max_retries": scale.max_failures,  # of a process or node that dies; what a run raises is not tried again

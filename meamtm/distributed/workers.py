@@ -94,7 +94,8 @@ def make_trainer(
     return ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config=flatten(config),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        # NCCL wants a GPU for each rank, and Ray puts shares of a GPU onto one.
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if per_worker.get("GPU") == 1 else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.workers,
             use_gpu=use_gpu,

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
+from meamtm.errors import ConfigError
+
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Has torch take deterministic kernels while the block runs, and warn of an operation that has none.
+    """Has torch take deterministic kernels while the block runs; ConfigError for an operation that has none.
 
-    A CPU computes the same without it, on as many threads as before.
+    A warning in its place would leave torch's fused attention on a GPU as it is, which adds in any order. A CPU
+    computes the same without all this, on as many threads as before.
     """
     if not wanted:
         yield
@@ -25,11 +28,16 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     filled, tried = memory.fill_uninitialized_memory, cudnn.benchmark
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # we read nothing that was not written
     cudnn.benchmark = False  # another run might find another kernel the fastest
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        problem = str(error).partition(".")[0]
+        raise ConfigError(f"train.deterministic=true: {problem}; set it to false, or use another setting") from error
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=was_lenient)
         memory.fill_uninitialized_memory, cudnn.benchmark = filled, tried

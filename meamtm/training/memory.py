@@ -66,7 +66,9 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     loader = training_loader(config, clips, split_clips(clips, config.data).train)
     there = (
-        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_limit_bytes(CGROUPS)
+        int(config.scale.gpus_per_worker * torch.cuda.get_device_properties(device).total_memory)
+        if device.type == "cuda"
+        else memory_limit_bytes(CGROUPS)
     )
     most_clips = min(config.train.batch_size, loader.num_heard)
     needed = peak_training_bytes(override(config, {"train.batch_size": most_clips}), len(clips.classes), device)
