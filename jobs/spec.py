@@ -24,7 +24,7 @@ import yaml
 from jobs.config import DEFAULT_ADDRESS, WITH_SEEDS, JobConfig
 from meamtm.config import JOB_HOLDS, RunConfig, TrackingConfig, load, parse_changes
 from meamtm.errors import ConfigError
-from meamtm.tracking import hide_password, resolve_uri
+from meamtm.tracking import JOB_COMMIT, commit_of, hide_password, resolve_uri
 from tune.plan import load_plan
 
 MLFLOW = "MLFLOW_TRACKING_URI"
@@ -91,7 +91,7 @@ def prepare(job: JobConfig) -> Submission:
         runtime_env={
             "working_dir": str(folder),
             "excludes": list(job.excludes),
-            "env_vars": _environment(job) | _commit(folder, shared) | env,
+            "env_vars": _environment(job) | {JOB_COMMIT: commit_of(folder)} | env,
         },
         cpus=job.cpus,
         gpus=job.gpus,
@@ -205,12 +205,6 @@ def _environment(job: JobConfig) -> dict[str, str]:
             )
         env[key] = found
     return env
-
-
-def _commit(folder: Path, shared: bool) -> dict[str, str]:
-    """Lets a run name its commit, although the copy has no .git."""
-    repository = folder / ".git"
-    return {"GIT_DIR": str(repository)} if shared and repository.is_dir() else {}
 
 
 def _tracking(job: JobConfig, tracking: TrackingConfig, shared: bool) -> dict[str, str]:

@@ -35,7 +35,7 @@ from jobs.spec import Submission, conceal, find_address, is_this_machine, make_w
 from meamtm.config import build, parse_changes
 from meamtm.data.pack import read_card
 from meamtm.errors import ConfigError, ServiceError
-from meamtm.tracking import read_rows
+from meamtm.tracking import commit_of, read_rows
 from meamtm.tracking.server import connect as connect_mlflow
 from meamtm.training.checkpoint import newest, read_record
 
@@ -121,6 +121,10 @@ def test_relative_paths_mean_the_submitters_folder_on_a_cluster_of_this_machine(
     assert env["MLFLOW_TRACKING_URI"] == f"sqlite:///{project}/mlflow.db"
     assert env["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
     assert env["RAY_JOB_STOP_WAIT_TIME_S"] == "30"
+    assert env["MEAMTM_JOB_COMMIT"] == "unknown"
+    assert prepare(job(kind="train", config="configs/esc10.yaml", working_dir=str(ROOT))).runtime_env["env_vars"][
+        "MEAMTM_JOB_COMMIT"
+    ] == commit_of(ROOT)
 
 
 def test_a_studys_folder_is_the_submitters_too(project: Path) -> None:

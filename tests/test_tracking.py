@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,10 @@ from hypothesis import strategies as st
 from meamtm.config import TrackingConfig
 from meamtm.errors import ConfigError
 from meamtm.tracking import (
+    JOB_COMMIT,
     JsonLines,
+    commit_of,
+    commit_of_this_code,
     hide_password,
     how_to_open,
     read_rows,
@@ -302,3 +306,18 @@ def test_closing_a_mailbox_waits_no_longer_than_it_was_told() -> None:
     began_s = time.monotonic()
     assert len(mailbox.close(0.3)) == 2
     assert time.monotonic() - began_s < 2
+
+
+def test_a_run_names_the_commit_and_whether_files_differ_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert commit_of(tmp_path) == "unknown"
+    (tmp_path / "code.py").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    clean = commit_of(tmp_path)
+    assert re.fullmatch(r"[0-9a-f]{40}", clean)
+    (tmp_path / "code.py").write_text("2")
+    assert commit_of(tmp_path) == f"{clean}-dirty"
+    monkeypatch.setenv(JOB_COMMIT, clean)
+    assert commit_of_this_code() == clean

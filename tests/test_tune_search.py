@@ -172,6 +172,16 @@ def test_what_exceeds_a_limit_is_rejected_and_not_counted(tmp_path):
     assert "exceed limits.max_params=40000" in refused[0].user_attrs["rejected"]
 
 
+def test_a_spectrogram_whose_bands_stay_empty_is_rejected_and_no_failure(tmp_path):
+    no = ("space.optim.lr=null", "space.optim.step_gamma=null", "space.optim.schedule=null", "space.encoder.heads=null")
+    plan = make_plan(tmp_path, *no, "mel.hop_ms=8", "space.mel.window_ms={choice: [8, 64]}", "max_failed_trials=1")
+    search = TruthfulSearch(plan)
+    assert search.suggest("a")["run"]["mel.window_ms"] == 64
+    assert search.suggest("b") == search.FINISHED
+    empty = [each for each in open_study(plan).trials if "bands lie between" in each.user_attrs.get("rejected", "")]
+    assert {trial.state for trial in empty} == {TrialState.PRUNED}
+
+
 def test_no_trial_is_trained_twice_and_an_exhausted_space_ends_the_search(tmp_path):
     plan = make_plan(
         tmp_path, "space.optim.lr=null", "space.optim.step_gamma=null", "space.encoder.heads={int: [1, 2]}"

@@ -10,9 +10,12 @@ from tune.plan import Plan
 def excess(plan: Plan, number: int, point: Mapping[str, Value]) -> tuple[float, str | None]:
     """Returns how far a point is over the limits, as a fraction (at most 0: within them), and why it is refused.
 
-    A point that builds no run at all counts as twice over."""
+    A point that builds no run at all, or no spectrogram, counts as twice over."""
+    from meamtm.model.kernels import make_kernels
+
     try:
         run = plan.trial(number, point)
+        make_kernels(run.mel)  # bands may stay empty
     except ConfigError as error:
         return 1.0, str(error)
     limits = {name: limit for name, limit in plan.config.limits.model_dump().items() if limit is not None}

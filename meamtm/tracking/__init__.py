@@ -6,6 +6,7 @@ it. Importing this package loads neither MLflow nor matplotlib; they come with t
 from pathlib import Path
 
 from meamtm.config import TrackingConfig
+from meamtm.tracking.commit import JOB_COMMIT, commit_of, commit_of_this_code
 from meamtm.tracking.figures import confusion_figure, curves_figure, folds_figure, per_class, per_class_table
 from meamtm.tracking.memo import has_all, run_id_in, warn_of_rest
 from meamtm.tracking.mlflow_sink import MLflowSink
@@ -13,6 +14,7 @@ from meamtm.tracking.server import finish_orphans, hide_password, how_to_open, r
 from meamtm.tracking.sink import JsonLines, Listener, Metrics, Sink, Sinks, Status, append_row, read_rows, write_rows
 
 __all__ = [
+    "JOB_COMMIT",
     "JsonLines",
     "Listener",
     "MLflowSink",
@@ -21,6 +23,8 @@ __all__ = [
     "Sinks",
     "Status",
     "append_row",
+    "commit_of",
+    "commit_of_this_code",
     "confusion_figure",
     "curves_figure",
     "finish_orphans",

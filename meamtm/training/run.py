@@ -1,7 +1,6 @@
 """One config -> a run folder with a trained, tested and recorded model, in this process."""
 
 import json
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from meamtm.model.transformer import AudioTransformer
 from meamtm.tracking import (
     Sink,
     Sinks,
+    commit_of_this_code,
     confusion_figure,
     curves_figure,
     has_all,
@@ -219,7 +219,7 @@ def tags(config: RunConfig) -> dict[str, str]:
     return {
         "signature": signature(config),
         "data_digest": read_card(config.data.path).digest,
-        "git_commit": _git_commit(),
+        "git_commit": commit_of_this_code(),
         "meamtm_version": __version__,
     }
 
@@ -246,13 +246,3 @@ def run_folder(config: RunConfig) -> Path:
 
 def _holds_out(config: RunConfig) -> bool:
     return config.data.test_fold is not None
-
-
-def _git_commit() -> str:
-    """Names the commit of the code in use, or says that it is not in a git checkout."""
-    home = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:  # there is no git at all
-        return "unknown"
-    return found.stdout.strip() or "unknown"
