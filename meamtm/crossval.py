@@ -19,6 +19,7 @@ from meamtm.data.packed import read_card
 from meamtm.data.split import split_clips
 from meamtm.distributed import Heard, run_all
 from meamtm.errors import CheckpointError, DataError, ServiceError
+from meamtm.files import whole_file
 from meamtm.tracking import (
     confusion_figure,
     folds_figure,
@@ -232,9 +233,8 @@ def _write(config: RunConfig, result: CrossValidation, evaluations: Sequence[Eva
         per_class_table(matrix, result.classes, folder / "per_class.csv")
     by_fold = {fold: result.values(fold=fold) for fold in result.folds}
     folds_figure(by_fold, f"test {result.score}", folder / "folds.png")
-    scratch = folder / f".{SUMMARY}.part"
-    scratch.write_text(json.dumps(asdict(result) | {"figures": result.figures()}, indent=1), encoding="utf-8")
-    scratch.replace(folder / SUMMARY)
+    with whole_file(folder / SUMMARY) as scratch:
+        scratch.write_text(json.dumps(asdict(result) | {"figures": result.figures()}, indent=1), encoding="utf-8")
 
 
 def _read(folder: Path) -> CrossValidation | None:

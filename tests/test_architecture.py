@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LEFT_TO_RIGHT = (
-    ("errors",),
+    ("errors", "files"),
     ("config",),
     ("data", "model", "tracking"),
     ("training",),

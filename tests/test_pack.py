@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from meamtm.data import shards
 from meamtm.data.audio import read_audio
-from meamtm.data.folder import whole_folder
 from meamtm.data.folds import assign_folds
 from meamtm.data.pack import pack, read_card
 from meamtm.data.packed import Packed
 from meamtm.data.sources import Entry
 from meamtm.data.synth import SOUNDS
 from meamtm.errors import DataError
+from meamtm.files import whole_folder
 
 
 def write_sound(path: Path, seed: int = 0, rate_hz: int = 8_000, num_samples: int = 400) -> Path:

@@ -181,6 +181,7 @@ WRONG = [
     ("space.data.test_fold={choice: [1, 2]}", "space.data.test_fold: trials that differ in it cannot be compared"),
     ("space.scale.workers={choice: [1, 2]}", "space.scale.workers: trials that differ in it cannot be compared"),
     ("optim.lr=0.1", "optim.lr=0.1: optim.lr is searched here; to fix it, add space.optim.lr=null"),
+    ("set.optim.lr=0.1", "set.optim.lr=0.1: optim.lr is searched here; to fix it, add space.optim.lr=null"),
     (
         "start=[{optim.lr: 3}]",
         r"start.0..optim.lr=3: outside its range .0.0001, 0.01.; widen the range or move the point",

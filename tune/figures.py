@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from meamtm.files import whole_file
 from tune.result import Row, pareto_front
 from tune.space import Range, encode
 
@@ -186,6 +187,6 @@ def _panels(count: int, height_in: float = 4.0) -> "tuple[Figure, Sequence[Axes]
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")
     return path

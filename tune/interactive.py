@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meamtm.files import whole_file
 from tune.history import search_alone
 from tune.plan import Plan
 
@@ -33,5 +34,6 @@ def write_page(plan: Plan, study: "Study", keys: Sequence[str], path: Path) -> P
         figures.append(plot_pareto_front(trials, target_names=plan.metrics))
     parts = [figure.to_html(full_html=False, include_plotlyjs=not number) for number, figure in enumerate(figures)]
     head = f'<!doctype html><meta charset="utf-8"><title>{plan.name}</title>'
-    path.write_text("\n".join([head, f"<h1>{plan.name}</h1>", *parts]), encoding="utf-8")
+    with whole_file(path) as scratch:
+        scratch.write_text("\n".join([head, f"<h1>{plan.name}</h1>", *parts]), encoding="utf-8")
     return path

@@ -13,6 +13,7 @@ from meamtm.config import RunConfig, override
 from meamtm.crossval import CrossValidation, evaluate_runs, find_folds
 from meamtm.distributed import Heard
 from meamtm.errors import ConfigError, DataError
+from meamtm.files import whole_file
 from meamtm.training.run import absolute
 from tune.plan import Plan, load_plan
 from tune.result import Result
@@ -92,7 +93,7 @@ def evaluate_nested(
 
 def _write_choices(results: Mapping[int, Result], path: Path) -> None:
     keys = list(dict.fromkeys(key for result in results.values() for key in result.best_row.point))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["fold", "study", "trial", next(iter(results.values())).objective, *keys])
         for fold, result in results.items():

@@ -2,7 +2,6 @@
 
 Everything that can be wrong is found here, before Ray, Optuna or MLflow are even imported."""
 
-import difflib
 import hashlib
 import json
 import random
@@ -20,6 +19,7 @@ from meamtm.config import (
     from_flat,
     known_keys,
     load,
+    nearest,
     override,
     parse_changes,
     read_yaml,
@@ -149,9 +149,10 @@ def _merge(flat: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Changes of a study's keys replace them; others go to the base run. `space.KEY=null` stops searching a key."""
     own = {key: value for key, value in changes.items() if key.partition(".")[0] in StudyConfig.model_fields}
     flat = {key: value for key, value in (flat | own).items() if value is not None or not key.startswith("space.")}
+    for key, value in changes.items():
+        if f"space.{(of_run := key.removeprefix('set.'))}" in flat:
+            raise ConfigError(f"{key}={value!r}: {of_run} is searched here; to fix it, add space.{of_run}=null")
     for key in changes.keys() - own.keys():
-        if f"space.{key}" in flat:
-            raise ConfigError(f"{key}={changes[key]!r}: {key} is searched here; to fix it, add space.{key}=null")
         flat[f"set.{_known(key, changes[key])}"] = changes[key]
     return flat
 
@@ -159,9 +160,9 @@ def _merge(flat: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 def _known(key: str, value: Value) -> str:
     known = known_keys(RunConfig)
     if key not in known:
-        near = difflib.get_close_matches(key, [*known_keys(StudyConfig), *known], n=1, cutoff=0.4)
+        near = nearest(key, [*known_keys(StudyConfig), *known])
         raise ConfigError(
-            f"{key}={value!r}: no such key of a study or a run" + (f"; did you mean {near[0]}?" if near else "")
+            f"{key}={value!r}: no such key of a study or a run" + (f"; did you mean {near}?" if near else "")
         )
     return key
 
@@ -193,9 +194,9 @@ def _check_keys(plan: Plan) -> None:
     fixed = ("data.test_fold", "data.valid_fold", "data.path", "name", "runs_dir", "train.epochs")
     for key in plan.space.ranges:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            near = nearest(key, known)
             raise ConfigError(
-                f"space.{key}: no such key of a run" + (f"; did you mean {near[0]}?" if near else "; see `meamtm show`")
+                f"space.{key}: no such key of a run" + (f"; did you mean {near}?" if near else "; see `meamtm show`")
             )
         if key in fixed or key.startswith(("scale.", "tracking.")):
             raise ConfigError(
@@ -231,10 +232,9 @@ def _check_start(plan: Plan) -> None:
         for key, value in point.items():
             where = f"start[{position}].{key}={value!r}"
             if key not in plan.space.ranges:
-                near = difflib.get_close_matches(key, list(plan.space.ranges), n=1, cutoff=0.4)
+                near = nearest(key, list(plan.space.ranges))
                 raise ConfigError(
-                    f"{where}: {key} is not searched; "
-                    + (f"did you mean {near[0]}?" if near else "add it to the space")
+                    f"{where}: {key} is not searched; " + (f"did you mean {near}?" if near else "add it to the space")
                 )
             if not plan.space.ranges[key].contains(value):
                 raise ConfigError(

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from meamtm.config import Value, differences, write_yaml
 from meamtm.errors import ConfigError
+from meamtm.files import whole_file
 from tune.config import mode_of
 from tune.history import open_study, rows, stages
 from tune.plan import Plan
@@ -260,7 +261,7 @@ def _front_file(number: int | str) -> str:
 
 def _write_csv(trials: Sequence[Row], plan: Plan, path: Path) -> Path:
     keys = list(dict.fromkeys(key for row in trials for key in row.point))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         measured = plan.metrics
         writer.writerow(["trial", "repeats", "seed", "end", *measured, "epochs", "elapsed_s", *keys, "error"])

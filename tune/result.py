@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meamtm.config import Value
+from meamtm.files import whole_file
 from tune.config import StudyConfig
 from tune.plan import Plan
 
@@ -108,6 +109,5 @@ def read_result(plan: Plan) -> Result | None:
 
 def write_result(plan: Plan, result: Result) -> None:
     """Keeps what the study found, whole or not at all."""
-    scratch = plan.folder / ".result.json.part"
-    scratch.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-    scratch.replace(plan.folder / "result.json")
+    with whole_file(plan.folder / "result.json") as scratch:
+        scratch.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")

@@ -88,7 +88,7 @@ class ReportFold(TuneReportCallback):
 
 
 def _train_here(run: RunConfig, folds: Folds) -> dict[str, float]:
-    torch.set_num_threads(run.scale.threads or max(1, int(run.scale.cpus_per_worker)))
+    torch.set_num_threads(run.scale.worker_threads)
     folder, device = run_folder(run), choose_device(run.scale)
     check_memory(run, device)
     with held(folder, RELEASE_S), closing(JsonLines(folder / "metrics.jsonl")) as lines:

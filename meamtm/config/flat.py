@@ -188,9 +188,9 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         key = ".".join([field_key, *(part for part in place[depth:] if part.isdigit())])
     if problem["type"] == "extra_forbidden":
         there, last = known_keys(model), key.rpartition(".")[2]
-        near = [known for known in there if known.rpartition(".")[2] == last]  # in another section
-        near = near or difflib.get_close_matches(key, there, n=1, cutoff=0.4)
-        return f"{key}={value!r}: no such key" + (f"; did you mean {near[0]}?" if near else "; see `meamtm show`")
+        elsewhere = [known for known in there if known.rpartition(".")[2] == last]  # in another section
+        near = elsewhere[0] if elsewhere else nearest(key, there)
+        return f"{key}={value!r}: no such key" + (f"; did you mean {near}?" if near else "; see `meamtm show`")
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     field = _field(model, field_key)
@@ -200,6 +200,11 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         else ""
     )
     return f"{key}={value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}{meaning}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """Guesses which of the known words was meant."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.4)), None)
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

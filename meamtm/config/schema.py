@@ -75,7 +75,12 @@ class MixConfig(Section):
 class LossConfig(Section):
     """Logits and targets -> one number."""
 
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1, description="probability spread over all labels")
+    label_smoothing: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="probability spread over all labels; where clips have several, each is moved so far towards 1/2",
+    )
 
 
 class OptimConfig(Section):
@@ -189,6 +194,11 @@ class ScaleConfig(Section):
         description="Ray cluster: HOST:6379, ray://HOST:10001, or auto for this machine's; null: RAY_ADDRESS, or one "
         "that is started here and ended",
     )
+
+    @property
+    def worker_threads(self) -> int:
+        """Threads of a worker or trial on Ray."""
+        return self.threads or max(1, int(self.cpus_per_worker))
 
     @property
     def least_workers(self) -> int:

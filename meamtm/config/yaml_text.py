@@ -1,7 +1,6 @@
 """YAML text <-> plain values. What a file can do is bounded: it builds no objects, repeats no key and stays as large
 as it looks, since an alias of an alias of a list can stand for more values than there is memory."""
 
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from meamtm.errors import ConfigError
+from meamtm.files import whole_file
 
 MOST_BYTES = 1 << 20
 """Settings are kilobytes."""
@@ -94,9 +94,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def write_tree(path: Path, tree: Mapping[str, Any], header: str = "") -> None:
     """Writes a tree with a comment above it, whole or not at all."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same
     text = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
     if BREAKS & set(text):  # which PyYAML writes as they are and reads as spaces
         text = yaml.safe_dump(dict(tree), sort_keys=False)
-    scratch.write_text(comment + text, encoding="utf-8")
-    scratch.replace(path)
+    with whole_file(path) as scratch:
+        scratch.write_text(comment + text, encoding="utf-8")

@@ -21,10 +21,10 @@ from jaxtyping import Int16, Int64
 from meamtm.config import DataConfig
 from meamtm.data.audio import num_cores, resampled_length
 from meamtm.data.clips import Clips, MappedWaveforms, Waveforms
-from meamtm.data.folder import whole_folder
 from meamtm.data.packed import Packed
 from meamtm.data.stream import StreamedWaveforms
 from meamtm.errors import DataError
+from meamtm.files import whole_folder
 
 FORMAT = 1
 WAVEFORMS = "waveforms.arrow"

@@ -21,9 +21,9 @@ from filelock import FileLock, Timeout
 
 from meamtm import __version__
 from meamtm.data.audio import read_audio
-from meamtm.data.folder import whole_folder
 from meamtm.data.sources import find_clips
 from meamtm.errors import FULL_DISK, DataError, ServiceError
+from meamtm.files import whole_folder
 
 ESC50_URL = "https://github.com/karolpiczak/ESC-50/archive/master.zip"
 ESC50_CLIPS = 2_000

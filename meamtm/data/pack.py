@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meamtm.data.audio import num_cores, to_flac
-from meamtm.data.folder import whole_folder
 from meamtm.data.folds import assign_folds
 from meamtm.data.packed import CARD, Card, read_card
 from meamtm.data.shards import Shards, Sound
 from meamtm.data.sources import Entry, Source, file_status, find_clips
 from meamtm.errors import DataError
+from meamtm.files import whole_folder
 
 __all__ = ["Card", "pack", "read_card"]
 

@@ -17,8 +17,8 @@ from jaxtyping import Float, Float32
 from scipy.signal import fftconvolve, lfilter
 
 from meamtm.data.audio import to_int16
-from meamtm.data.folder import whole_folder
 from meamtm.errors import DataError
+from meamtm.files import whole_folder
 
 NUM_FOLDS = 5
 FORMAT = 1

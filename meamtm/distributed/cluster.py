@@ -18,12 +18,18 @@ REMEDY = (
     "where the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE (or keep the token in "
     "~/.ray/auth_token)"
 )
+SPIN = "GOMP_SPINCOUNT"
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
     "RAY_USAGE_STATS_ENABLED": "0",
-    "GOMP_SPINCOUNT": "10000",  # as in cli.main
+    SPIN: "10000",  # as in cli.main
 }
+
+
+def spin_count() -> dict[str, str]:
+    """Tells other processes how long OpenMP's threads wait awake: what this one was told, or what `cli.main` says."""
+    return {SPIN: os.environ.get(SPIN, ENVIRONMENT[SPIN])}
 
 
 def connect(address: str | None = None, *, dashboard: bool = False) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from meamtm.config import RunConfig, ScaleConfig, TrainConfig, flatten, from_flat, override
 from meamtm.data.packed import read_card
-from meamtm.distributed.cluster import check_resources, connect, named_address, needs, nodes, shares
+from meamtm.distributed.cluster import check_resources, connect, named_address, needs, nodes, shares, spin_count
 from meamtm.distributed.workers import run
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Listener, Metrics, read_rows
@@ -128,7 +128,7 @@ def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
         "num_gpus": wanted.get("GPU", 0),
         "memory": 0 if "GPU" in wanted else min(needed, int(largest.get("memory", 0))),
         "max_retries": scale.max_failures,  # of a process or node that dies; what a run raises is not tried again
-        "runtime_env": {"env_vars": {"GOMP_SPINCOUNT": "10000"}},
+        "runtime_env": {"env_vars": spin_count()},
     }
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from meamtm.config import RunConfig, flatten, from_flat, run_name
-from meamtm.distributed.cluster import ENVIRONMENT, check_resources, connect, needs
+from meamtm.distributed.cluster import ENVIRONMENT, check_resources, connect, needs, spin_count
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Sink
 from meamtm.training.checkpoint import NUM_KEPT, newest
@@ -90,7 +90,6 @@ def make_trainer(
     scale = config.scale
     per_worker = needs(scale)
     use_gpu = "GPU" in per_worker
-    threads = str(scale.threads or max(1, int(scale.cpus_per_worker)))
     return ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config=flatten(config),
@@ -108,7 +107,7 @@ def make_trainer(
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=NUM_KEPT),
             callbacks=list(callbacks),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "GOMP_SPINCOUNT": "10000"}},
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(scale.worker_threads), **spin_count()}},
         ),
     )
 
@@ -156,7 +155,7 @@ class WorkerContext:
 
 def _train_on_worker(flat: dict[str, Any]) -> dict[str, float] | str:
     config = from_flat(flat)
-    torch.set_num_threads(config.scale.threads or max(1, int(config.scale.cpus_per_worker)))
+    torch.set_num_threads(config.scale.worker_threads)
     context = WorkerContext(config)
     check_memory(config, context.device)
     try:

@@ -3,7 +3,6 @@
 Files are read as data, never as code. AST's weights have their authors' names, or those of Hugging Face's transformers:
 what it saves and what its version 4 has in memory, or what its version 5 has."""
 
-import difflib
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 from timm.models import model_entrypoint
 from torch import Tensor
 
-from meamtm.config import WEIGHT_FILES, WEIGHT_SUFFIXES, EncoderConfig
+from meamtm.config import WEIGHT_FILES, WEIGHT_SUFFIXES, EncoderConfig, nearest
 from meamtm.errors import CheckpointError, ConfigError
 
 Weights = dict[str, Tensor]
@@ -115,10 +114,10 @@ def read_published(config: EncoderConfig, grid_size: tuple[int, int]) -> Publish
 def _from_timm(name: str) -> Published:
     if not timm.is_model(name.partition(".")[0]) or model_entrypoint(name).__module__ not in PLAIN:
         known = [*timm.list_models("vit_*", module="vision_transformer"), *timm.list_models("deit_*", module="deit")]
-        near = difflib.get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         raise ConfigError(
             f"encoder.pretrained={name} is no ViT or DeiT that timm knows; "
-            + (f"did you mean {near[0]}? " if near else "")
+            + (f"did you mean {near}? " if near else "")
             + f"A file must end in {', '.join(WEIGHT_SUFFIXES)}, a folder must be written with a /"
         )
     try:

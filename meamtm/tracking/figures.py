@@ -3,7 +3,6 @@
 matplotlib's objects are used directly: pyplot would keep every figure alive and ask for a screen."""
 
 import csv
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Num
 
+from meamtm.files import whole_file
 from meamtm.tracking.sink import Metrics
 
 if TYPE_CHECKING:
@@ -76,12 +76,10 @@ def per_class_table(
 ) -> list[dict[str, str | float]]:
     """Writes the scores of each class as CSV, and returns its rows."""
     rows = per_class(matrix, classes)
-    scratch = _scratch(path)
-    with scratch.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=["class", *SCORES])
         writer.writeheader()
         writer.writerows({**row, "support": f"{row['support']:g}"} for row in rows)
-    scratch.replace(path)
     return rows
 
 
@@ -153,13 +151,6 @@ def _label(name: str) -> str:
 
 
 def _save(figure: "matplotlib.figure.Figure", path: Path) -> None:
-    scratch = _scratch(path)
-    with warnings.catch_warnings():
+    with whole_file(path) as scratch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a script that the font lacks shows boxes
         figure.savefig(scratch, dpi=120, format=path.suffix.removeprefix("."))
-    scratch.replace(path)
-
-
-def _scratch(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}")

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from meamtm.files import whole_file
 from meamtm.tracking.server import hide_password
 from meamtm.tracking.sink import Status
 
@@ -14,11 +15,9 @@ MEMO = "mlflow.json"
 
 def remember(folder: Path, uri: str, run_id: str, end: Status | None = None) -> None:
     """Writes the memo, whole or not at all; `end` is how the run ended, once the server has taken all up to that."""
-    folder.mkdir(parents=True, exist_ok=True)
     memo = {"uri": hide_password(uri), "run_id": run_id, "end": end}
-    scratch = folder / f".{MEMO}.part"
-    scratch.write_text(json.dumps(memo), encoding="utf-8")
-    scratch.replace(folder / MEMO)
+    with whole_file(folder / MEMO) as scratch:
+        scratch.write_text(json.dumps(memo), encoding="utf-8")
 
 
 def run_id_in(folder: Path, uri: str | None = None) -> str | None:

@@ -7,7 +7,6 @@ steps as the file of a run that was never interrupted."""
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, TextIO, runtime_checkable
+
+from meamtm.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +156,8 @@ def read_rows(path: Path) -> list[dict[str, float | int]]:
 
 def write_rows(path: Path, rows: Iterable[Metrics]) -> None:
     """Writes a metrics file, whole or not at all, of rows as `read_rows` gives them."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-    scratch.replace(path)
+    with whole_file(path) as scratch:
+        scratch.write_text("".join(_line(row) for row in rows), encoding="utf-8")
 
 
 def append_row(path: Path, metrics: Metrics, step: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
+from meamtm.files import whole_file
 from meamtm.training.evaluate import Evaluation
 
 PREDICTIONS = "predictions.csv"
@@ -86,15 +87,16 @@ def _join(classes: Sequence[str], chosen: Bool[np.ndarray, " label"]) -> str:
 def write_predictions(path: Path, predictions: Sequence[Prediction], classes: Sequence[str]) -> None:
     """Writes a line per clip: what it is, what it was called, by how many of the models, and each class's
     probability; whole or not at all."""
-    scratch = path.with_name(f".{path.name}.part")
-    with scratch.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with (
+        whole_file(path) as scratch,
+        scratch.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow([*HEADER, *classes])
         for each in predictions:
             facts = (each.clip, each.part, each.label, each.named, each.num_models, each.num_right)
             numbers = (f"{value:.6f}" for value in (each.confidence, *each.probability))
             writer.writerow([*facts, *numbers])
-    scratch.replace(path)
 
 
 def read_predictions(path: Path) -> list[Prediction]:

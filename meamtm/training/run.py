@@ -15,6 +15,7 @@ from meamtm.data.clips import Clips
 from meamtm.data.packed import read_card
 from meamtm.data.split import Split, split_clips
 from meamtm.errors import ConfigError, MeamtmError
+from meamtm.files import whole_file
 from meamtm.model.pretrained import Borrowed, borrow
 from meamtm.model.transformer import AudioTransformer
 from meamtm.tracking import (
@@ -144,7 +145,8 @@ def open_record(config: RunConfig) -> Iterator[Sinks]:
         with sinks:
             write_yaml(folder / "config.yaml", flatten(config))
             if borrowed is not None:
-                (folder / "pretrained.json").write_text(json.dumps(asdict(borrowed), indent=1))
+                with whole_file(folder / "pretrained.json") as scratch:
+                    scratch.write_text(json.dumps(asdict(borrowed), indent=1))
             yield sinks
 
 
@@ -209,9 +211,8 @@ def record_evaluation(evaluation: Evaluation, folder: Path) -> None:
     if evaluation.confusion is not None:
         confusion_figure(evaluation.confusion, evaluation.classes, folder / "confusion.png")
         per_class_table(evaluation.confusion, evaluation.classes, folder / "per_class.csv")
-    scratch = folder / ".metrics.json.part"
-    scratch.write_text(json.dumps(evaluation.metrics, indent=1))
-    scratch.replace(folder / "metrics.json")
+    with whole_file(folder / "metrics.json") as scratch:
+        scratch.write_text(json.dumps(evaluation.metrics, indent=1))
 
 
 def tags(config: RunConfig) -> dict[str, str]:
