@@ -12,7 +12,7 @@ from typing import Any
 
 from contest import AbsentError, Contender, Work, contest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.cli.main; torch reads it when it is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.screen; torch reads it when it is loaded
 SHAPES = ((32, 4, 48), (32, 4, 128), (32, 3, 248), (8, 12, 607), (4, 12, 1_214))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from contest import Contender, Work, contest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.cli.main; torch reads it when it is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.screen; torch reads it when it is loaded
 RATE_HZ = 16_000
 NUM_FRAMES, NUM_BANDS, NUM_LABELS = 1_024, 128, 10
 CLIP_SAMPLES = 400 + (NUM_FRAMES - 1) * 160

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -43,9 +42,6 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="run fold
 
 def main() -> None:
     """Runs the command."""
-    # Threads that spin long while they wait take the core from those that work, and those that do not spin at all
-    # wake late for each small operation (docs/results.md). OpenMP reads this when torch is loaded, which is later.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("meamtm").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):

@@ -58,7 +58,7 @@ def _put(scratch: Path, out: Path) -> None:
                 old.rename(out)
                 raise
             shutil.rmtree(old)
-    _sync_one(out.parent)
+    sync(out.parent)
 
 
 def _sweep(out: Path) -> None:
@@ -92,10 +92,11 @@ def _lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
+        sync(path)
 
 
-def _sync_one(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

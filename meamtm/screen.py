@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import signal
 import sys
 import threading
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 def run_commands(app: typer.Typer, program: str, words: Sequence[str] | None = None) -> None:
     """Runs what the command line says: 0 done, 2 the user's mistake in one line, 1 anything else."""
+    # Threads that spin long while they wait take the core from those that work, and those that do not spin at all
+    # wake late for each small operation (docs/results.md). OpenMP reads this when torch is loaded, which is later.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     leave_quickly()
     try:
         return app(words, prog_name=program)

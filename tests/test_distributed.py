@@ -58,18 +58,22 @@ def test_more_workers_than_the_cluster_has_are_refused(packed: Path, cache_dir: 
 
 
 MIXED_CLUSTER = """
+import sys
 from ray.cluster_utils import Cluster
-from meamtm.config import RunConfig, ScaleConfig
+from meamtm.config import RunConfig, ScaleConfig, from_flat
 from meamtm.distributed import check_resources, connect, disconnect, make_trainer, needs, room_for
+from meamtm.distributed.side_by_side import _share
 from meamtm.errors import ConfigError
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-cluster.add_node(num_cpus=2, num_gpus=1)
+cluster.add_node(num_cpus=3, num_gpus=1)
 cluster.add_node(num_cpus=1, num_gpus=2)
 connect(cluster.address)
 print([room_for(needs(ScaleConfig(device=device))) for device in ("cpu", "cuda")])
 shares = ScaleConfig(cpus_per_worker=0.1, gpus_per_worker=0.4)
 print(room_for(needs(shares)), make_trainer(RunConfig(scale=shares)).backend_config.backend)
 print(make_trainer(RunConfig(scale=ScaleConfig())).backend_config.backend)
+config = from_flat({"data.path": sys.argv[1], "scale.cpus_per_worker": 2})
+print(_share(dict.fromkeys(range(10), config), config.scale)["num_cpus"])
 for num_cpus, device in ((6, "auto"), (4, "cuda"), (4, "cpu")):
     try:
         check_resources(ScaleConfig(cpus_per_worker=num_cpus, device=device))
@@ -81,18 +85,21 @@ cluster.shutdown()
 """
 
 
-def test_what_no_node_has_room_for_is_refused_even_if_all_of_them_together_have() -> None:
-    """Ray would wait for such a node for ever; of a GPU two shares of 0.4 have room, and of two GPUs four."""
+def test_what_no_node_has_room_for_is_refused_even_if_all_of_them_together_have(packed: Path) -> None:
+    """Ray would wait for such a node for ever; of a GPU two shares of 0.4 have room, and of two GPUs four.
+
+    Of ten runs with two processors each, one at a time has the node with three and a GPU, and all three of them."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", MIXED_CLUSTER]
+    command = [sys.executable, "-c", MIXED_CLUSTER, packed]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     rule = (
         "a worker is on one node, and the cluster's nodes, of 4 CPU, 2 GPU at most, have room for 0; lower one of them"
     )
     assert said == [
-        "[7, 2]",
+        "[8, 2]",
         "6 gloo",
         "nccl",
+        "3",
         *(f"scale.workers=1 x scale.cpus_per_worker={cpus} and scale.gpus_per_worker=1: {rule}" for cpus in (6, 4)),
         "has room",
     ]

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +113,17 @@ def test_training_that_cannot_fit_is_refused_before_it_starts(packed: Path, cach
     ):
         run_here(tiny(packed, cache_dir, tmp_path, changes))
     assert not any(tmp_path.iterdir())
+
+
+def test_of_a_gpu_a_run_counts_on_its_share(
+    packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, device = tiny(packed, cache_dir, tmp_path), torch.device("cuda")
+    gpu = SimpleNamespace(total_memory=3 * peak_training_bytes(config, 10, device))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    check_memory(config, device)
+    with pytest.raises(ConfigError, match=r"train\.batch_size=20 takes"):
+        check_memory(override(config, {"scale.gpus_per_worker": 0.25}), device)
 
 
 def test_a_batch_of_several_passes_is_counted_whole(

@@ -1,7 +1,6 @@
 """`python -m tune [report | nested] STUDY.yaml [KEY=VALUE ...]`: the study on the command line."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +32,6 @@ Changes = Annotated[
 
 def main() -> None:
     """Runs the command."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.cli.main
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     words = sys.argv[1:]
     if words and words[0] not in ("report", "nested", "--help"):

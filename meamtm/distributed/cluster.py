@@ -23,12 +23,12 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s would be longer than a small epoch
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; silences its warning
     "RAY_USAGE_STATS_ENABLED": "0",
-    SPIN: "10000",  # as in cli.main
+    SPIN: "10000",  # as in screen.run_commands
 }
 
 
 def spin_count() -> dict[str, str]:
-    """Tells other processes how long OpenMP's threads wait awake: what this one was told, or what `cli.main` says."""
+    """Tells other processes how long OpenMP's threads wait awake: what this one was told, or what the commands say."""
     return {SPIN: os.environ.get(SPIN, ENVIRONMENT[SPIN])}
 
 

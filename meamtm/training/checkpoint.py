@@ -7,7 +7,6 @@ No random state is kept: each step draws from generators made of (seed, epoch, b
 import hashlib
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from meamtm.config import RunConfig, flatten, load, write_yaml
 from meamtm.errors import CheckpointError, ConfigError
+from meamtm.files import sync
 from meamtm.model.transformer import AudioTransformer
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def save(
         record = {"format": FORMAT, "epoch": cursor[0], "batch": cursor[1], "metrics": dict(metrics), "files": files}
         (folder / "metrics.json").write_text(json.dumps(record, indent=1))
         for path in folder.iterdir():
-            _flush(path)
+            sync(path)
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is each of them, by who finds it full
         shutil.rmtree(folder.parent, ignore_errors=True)
         raise CheckpointError(
@@ -107,7 +107,7 @@ def publish(scratch: Path, run_folder: Path) -> Path:
         shutil.move(scratch, part)  # across file systems this copies, which is why it goes to a hidden name first
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-        _flush(run_folder)
+        sync(run_folder)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
@@ -258,11 +258,3 @@ def _digest(path: Path) -> str:
 def _digest_of(path: Path, _size_bytes: int, _changed_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
