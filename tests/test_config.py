@@ -99,6 +99,7 @@ ANOTHER: dict[str, Any] = {
     "encoder.head_dim": 32,
     "encoder.depth": 3,
     "encoder.mlp_ratio": 4.0,
+    "encoder.attention": "local",
     "encoder.pool": "cls",
     "encoder.dropout": 0.1,
     "encoder.drop_path": 0.2,
@@ -207,6 +208,20 @@ REFUSED = [
     (
         {"encoder.stem_channels": [4, 64]},
         "encoder.stem_channels=[4, 64] must each lie in 8..4096; correct those outside",
+    ),
+    (
+        {"encoder.attention": "separable", "encoder.pool": "cls"},
+        (
+            "encoder.pool=cls adds tokens that have no place on either axis, and encoder.attention=separable attends "
+            "along axes; set encoder.pool=mean or attention"
+        ),
+    ),
+    (
+        {"encoder.attention": "separable", "encoder.patchout_time": 0.5},
+        (
+            "encoder.patchout_time=0.5 leaves holes in the grid along whose axes encoder.attention=separable attends; "
+            "set encoder.patchout_time=0"
+        ),
     ),
     (
         {"data.clip_s": 0.03},

@@ -15,7 +15,8 @@ from meamtm.model.positions import JointPositions, SeparatePositions, along_time
 
 SMALL = {"stem_channels": [8, 8], "patch": [8, 8], "stride": [8, 4], "heads": 2, "head_dim": 8, "depth": 2}
 POOLS = ("mean", "cls", "cls_dist", "attention")
-STEMS = ("conv", "patch")
+STEMS = ("conv", "patch", "shifted_patch")
+ATTENTION = ("joint", "local", "separable")
 POSITIONS = ("joint", "separate")
 
 
@@ -37,7 +38,19 @@ def image(num_clips: int = 3, num_frames: int = 40, seed: int = 1) -> Tensor:
 @torch.no_grad()
 def test_a_clip_alone_equals_the_same_clip_in_a_padded_batch(pool: str, stem: str, positions: str) -> None:
     """Shorter than a patch, shorter than those trained on, as long, and longer."""
-    made = encoder(pool=pool, stem=stem, positions=positions)
+    check_alone_and_padded(encoder(pool=pool, stem=stem, positions=positions))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("attention", ["local", "separable"])
+@torch.no_grad()
+def test_so_it_does_where_attention_is_restricted(attention: str, stem: str) -> None:
+    """Of the shortest clips with one row there is but one patch, which then hears itself."""
+    check_alone_and_padded(encoder(attention=attention, stem=stem, stem_channels=[8] * 4, patch=[16, 8]))
+    check_alone_and_padded(encoder(attention=attention, stem=stem))
+
+
+def check_alone_and_padded(made: Encoder) -> None:
     lengths = [3, 9, 22, 40, 41, 90]
     clips = [image(1, length, seed=length) for length in lengths]
     padded = torch.cat([nn.functional.pad(clip, (0, 90 - clip.shape[3])) for clip in clips])

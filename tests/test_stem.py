@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from meamtm.model.stem import ConvStem, PatchStem, SharedBatchNorm2d, Stem
+from meamtm.model.stem import ConvStem, PatchStem, SharedBatchNorm2d, ShiftedPatchStem, Stem
 
 
 def grid(stem: Stem, bands: int, frames: int, num_clips: int = 2) -> torch.Size:
@@ -108,3 +108,13 @@ def test_shared_batch_norm_is_batch_norm_in_one_process() -> None:
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(shared.state_dict()[name], value, rtol=0, atol=0)
     torch.testing.assert_close(shared.eval()(batches[0]), plain.eval()(batches[0]), rtol=0, atol=0)
+
+
+def test_a_shifted_patch_holds_four_others_half_a_patch_away() -> None:
+    torch.manual_seed(0)
+    stem = ShiftedPatchStem((8, 12), (4, 4), 3, (4, 4))
+    image = torch.randn(1, 1, 8, 12)
+    around = nn.functional.pad(image, (2, 2, 2, 2))[0, 0]
+    corners = [(2, 2), (0, 0), (0, 4), (4, 0), (4, 4)]  # of its own patch and of the others, for row 1 and column 1
+    cells = torch.cat([around[4 + band : 8 + band, 4 + frame : 8 + frame].flatten() for band, frame in corners])
+    torch.testing.assert_close(stem(image)[0, 1, 1], stem.proj(stem.norm(cells)))

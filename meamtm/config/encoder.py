@@ -40,8 +40,10 @@ class EncoderConfig(Section):
         min_length=1,
         description="weights to begin with: timm's name of a ViT or DeiT, or a file or folder of one, or of an AST",
     )
-    stem: Literal["conv", "patch"] = Field(
-        default="conv", description="conv: stages of two 3x3 convolutions and a pooling; patch: a linear map"
+    stem: Literal["conv", "patch", "shifted_patch"] = Field(
+        default="conv",
+        description="conv: stages of two 3x3 convolutions and a pooling; patch: a linear map; shifted_patch: one of "
+        "each patch and four half a patch away (Lee 2021)",
     )
     stem_channels: tuple[int, ...] = Field(
         default=(16, 32, 64, 128), min_length=1, max_length=6, description="channels of each convolutional stage"
@@ -49,7 +51,7 @@ class EncoderConfig(Section):
     stem_activation: Literal["relu", "gelu", "silu"] = Field(
         default="relu", description="of the convolutional stem; the smooth ones cost more on a CPU"
     )
-    patch: tuple[int, int] = Field(default=(16, 16), description="patch size of the patch stem: bands, frames")
+    patch: tuple[int, int] = Field(default=(16, 16), description="patch size of both patch stems: bands, frames")
     stride: tuple[int, int] = Field(
         default=(16, 16), description="from one patch to the next: bands, frames; less than the patch overlaps"
     )
@@ -57,6 +59,11 @@ class EncoderConfig(Section):
     head_dim: int = Field(default=64, ge=4, le=256, description="width of one head; a token has heads x head_dim")
     depth: int = Field(default=2, ge=1, le=48, description="transformer blocks")
     mlp_ratio: float = Field(default=2.0, gt=0, le=8, description="hidden width of a block's MLP over a token's")
+    attention: Literal["joint", "local", "separable"] = Field(
+        default="joint",
+        description="joint: of all patches; local: a token hears all but itself, at a learnt temperature (Lee 2021); "
+        "separable: along frequency and along time, block by block in turn (Ristea 2022)",
+    )
     pool: Literal["mean", "cls", "cls_dist", "attention"] = Field(
         default="mean", description="how tokens become one vector; cls_dist: mean of two tokens of their own, as AST"
     )
@@ -124,11 +131,27 @@ class EncoderConfig(Section):
                     f"encoder.stride={list(self.stride)} must lie in 1..patch ({list(self.patch)}) along {axis}; "
                     f"a larger stride skips {axis}"
                 )
+        if self.attention == "separable":
+            self._check_separable()
         if min(self.stem_channels) < 8 or max(self.stem_channels) > 4096:
             raise ValueError(
                 f"encoder.stem_channels={list(self.stem_channels)} must each lie in 8..4096; correct those outside"
             )
         return self
+
+    def _check_separable(self) -> None:
+        """Attention along one axis needs every patch in its place, and nothing beside patches."""
+        if self.pool.startswith("cls"):
+            raise ValueError(
+                f"encoder.pool={self.pool} adds tokens that have no place on either axis, and "
+                "encoder.attention=separable attends along axes; set encoder.pool=mean or attention"
+            )
+        for key in ("patchout", "patchout_time", "patchout_freq"):
+            if getattr(self, key) > 0:
+                raise ValueError(
+                    f"encoder.{key}={getattr(self, key):g} leaves holes in the grid along whose axes "
+                    f"encoder.attention=separable attends; set encoder.{key}=0"
+                )
 
 
 def preset_keys(preset: object) -> frozenset[str]:

@@ -55,10 +55,10 @@ class AugmentConfig(Section):
 class MixConfig(Section):
     """Two clips into one, with both labels."""
 
-    kind: Literal["none", "mixup", "between_class", "timemix"] = Field(
+    kind: Literal["none", "mixup", "between_class", "timemix", "freqmix"] = Field(
         default="between_class",
         description="between_class adds clips, weighed by loudness (Tokozume 2018), mixup as they are; timemix plays "
-        "one in a part of the other's time",
+        "one in a part of the other's time, freqmix in a band of its frequencies",
     )
     prob: float = Field(default=1.0, ge=0, le=1, description="probability that a batch is mixed")
     until: float = Field(
@@ -267,8 +267,9 @@ class RunConfig(Section):
                 f"take another fold"
             )
         size = (self.mel.num_bands, self.num_frames)
-        least = self.encoder.patch if self.encoder.stem == "patch" else (2 ** len(self.encoder.stem_channels),) * 2
-        key = "encoder.patch" if self.encoder.stem == "patch" else "encoder.stem_channels"
+        least, key = (2 ** len(self.encoder.stem_channels),) * 2, "encoder.stem_channels"
+        if self.encoder.stem != "conv":
+            least, key = self.encoder.patch, "encoder.patch"
         if size[0] < least[0] or size[1] < least[1]:
             raise ValueError(
                 f"{key} needs at least {least[0]} bands x {least[1]} frames, and a clip gives {size[0]} x {size[1]}; "

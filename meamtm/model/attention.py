@@ -13,7 +13,7 @@ from torch import Tensor
 
 Heads = Float[Tensor, "batch head token channel"]
 Queries = Float[Tensor, "batch head read channel"]
-Mask = Bool[Tensor, "batch 1 1 key"]
+Mask = Bool[Tensor, "#batch 1 #read token"]
 SHORT = 256
 """Tokens up to which a CPU keeps all attention weights for the way back; it reads them faster than it makes them."""
 CHUNK = 2**20
@@ -34,8 +34,12 @@ class Attention(TimmAttention):
             few = F.linear(x[:, :num_read], weight[:width], None if bias is None else bias[:width])
             every = F.linear(x, weight[width:], None if bias is None else bias[width:])
             (query,), (key, value) = self._heads(few, 1).unbind(0), self._heads(every, 2).unbind(0)
-        heard = attend(query, key, value, attn_mask).transpose(1, 2)  # (batch, read, head, channel)
+        heard = self.take(query, key, value, attn_mask).transpose(1, 2)  # (batch, read, head, channel)
         return self.proj(heard.flatten(2))
+
+    def take(self, query: Queries, key: Heads, value: Heads, mask: Mask | None) -> Queries:
+        """Gives what each query takes."""
+        return attend(query, key, value, mask)
 
     def _heads(
         self, x: Float[Tensor, "batch token _"], num_parts: int
@@ -52,12 +56,15 @@ def attend(query: Queries, key: Heads, value: Heads, mask: Mask | None = None) -
     once but does not keep every weight.
     """
     in_bf16_on_a_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if mask is not None or not in_bf16_on_a_cpu or torch.compiler.is_compiling():
+    is_short = query.shape[2] <= SHORT
+    if not in_bf16_on_a_cpu or (mask is not None and not is_short) or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    if query.shape[2] <= SHORT:
-        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)  # (batch, head, read, token)
-        return scores.softmax(3) @ value
-    return attend_in_chunks(query, key, value)
+    if not is_short:
+        return attend_in_chunks(query, key, value)
+    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)  # (batch, head, read, token)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(3) @ value
 
 
 def attend_in_chunks(query: Heads, key: Heads, value: Heads) -> Heads:

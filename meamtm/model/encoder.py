@@ -18,7 +18,8 @@ from meamtm.model.block import Block
 from meamtm.model.mlp import Mlp
 from meamtm.model.patchout import Patchout
 from meamtm.model.positions import JointPositions, SeparatePositions
-from meamtm.model.stem import ConvStem, PatchStem, Stem
+from meamtm.model.restricted_attention import LocalAttention, SeparableAttention
+from meamtm.model.stem import ConvStem, PatchStem, ShiftedPatchStem, Stem
 
 Image = Float[Tensor, "batch 1 band frame"]
 Tokens = Float[Tensor, "batch token width"]
@@ -32,6 +33,7 @@ POOLS: dict[str, Literal["avg", "token", "map"]] = {
     "attention": "map",
 }
 """Our words -> timm's."""
+ATTENTION: dict[str, type[Attention]] = {"joint": Attention, "local": LocalAttention, "separable": SeparableAttention}
 
 
 class Encoder(VisionTransformer):
@@ -59,10 +61,13 @@ class Encoder(VisionTransformer):
             drop_path_rate=config.drop_path,
             embed_layer=_stem(config),
             block_fn=Block,
-            attn_layer=Attention,
+            attn_layer=ATTENTION[config.attention],
             mlp_layer=Mlp,
         )
         grid = self.patch_embed.grid_size
+        for number, block in enumerate(self.blocks):
+            if isinstance(block.attn, SeparableAttention):
+                block.attn.num_rows, block.attn.along_time = grid[0], number % 2 == 1
         if is_ast:
             self.fc_norm = nn.LayerNorm(config.width)  # AST's head has torch's epsilon
         match config.positions:
@@ -132,9 +137,11 @@ class Encoder(VisionTransformer):
         return (weight[:, None, :].to(patches.dtype) @ patches).squeeze(1)
 
 
-def _stem(config: EncoderConfig) -> "partial[ConvStem] | partial[PatchStem]":
+def _stem(config: EncoderConfig) -> "partial[ConvStem] | partial[PatchStem] | partial[ShiftedPatchStem]":
     match config.stem:
         case "conv":
             return partial(ConvStem, channels=config.stem_channels, activation=config.stem_activation)
         case "patch":
             return partial(PatchStem, stride=config.stride)
+        case "shifted_patch":
+            return partial(ShiftedPatchStem, stride=config.stride)

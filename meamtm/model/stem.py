@@ -1,4 +1,4 @@
-"""Log-mel spectrogram -> grid of patches. Both stems fit the `embed_layer` hook of timm's VisionTransformer, which
+"""Log-mel spectrogram -> grid of patches. All stems fit the `embed_layer` hook of timm's VisionTransformer, which
 hands them its image size and asks back for their grid.
 
 Where clips of several lengths share a batch, padded with zeros, a stem gives each the patches that it has alone."""
@@ -51,13 +51,12 @@ class Stem(nn.Module, ABC):
         return max(self.patch_size) if as_scalar else self.patch_size
 
 
-class PatchStem(Stem):
-    """Maps each patch linearly; a stride below the patch size makes patches overlap (Gong 2021, section 2.1)."""
+class _Patches(Stem):
+    """Patches of one size; a stride below it makes them overlap (Gong 2021, section 2.1)."""
 
-    def __init__(self, img_size: Size, patch_size: Size, embed_dim: int, stride: Size, **_: object) -> None:
+    def __init__(self, img_size: Size, patch_size: Size, stride: Size) -> None:
         self.stride = stride
         super().__init__(img_size, patch_size)
-        self.proj = nn.Conv2d(1, embed_dim, kernel_size=patch_size, stride=stride)
 
     def dynamic_feat_size(self, img_size: Size) -> Size:
         """Counts the patches that fit whole."""
@@ -70,9 +69,42 @@ class PatchStem(Stem):
         """Counts the patches that fit whole into a clip."""
         return ((num_frames - self.patch_size[1]) // self.stride[1] + 1).clamp(min=1)
 
+
+class PatchStem(_Patches):
+    """Maps each patch linearly."""
+
+    def __init__(self, img_size: Size, patch_size: Size, embed_dim: int, stride: Size, **_: object) -> None:
+        super().__init__(img_size, patch_size, stride)
+        self.proj = nn.Conv2d(1, embed_dim, kernel_size=patch_size, stride=stride)
+
     def forward(self, image: Image, num_frames: Lengths | None = None) -> Grid:  # noqa: ARG002
         """Gives the grid of patches, channels last; a patch knows nothing of what lies beside it."""
         return self.proj(self._long_enough(image)).permute(0, 2, 3, 1)
+
+
+class ShiftedPatchStem(_Patches):
+    """Maps each patch together with four others, half a patch away along both axes, so that it knows what lies around
+    it (shifted patch tokenisation, Lee 2021, section 3.1)."""
+
+    def __init__(self, img_size: Size, patch_size: Size, embed_dim: int, stride: Size, **_: object) -> None:
+        super().__init__(img_size, patch_size, stride)
+        num_cells = 5 * patch_size[0] * patch_size[1]
+        self.norm = nn.LayerNorm(num_cells)
+        self.proj = nn.Linear(num_cells, embed_dim)
+
+    def forward(self, image: Image, num_frames: Lengths | None = None) -> Grid:
+        """Gives the grid of patches, channels last; around the spectrogram all is 0, its mean."""
+        if num_frames is not None:
+            image = image * _within(num_frames, image)
+        image = self._long_enough(image)
+        bands, frames = image.shape[2:]
+        above, before = self.patch_size[0] // 2, self.patch_size[1] // 2
+        padded = F.pad(image, (before, before, above, above))
+        corners = [(top, left) for top in (0, 2 * above) for left in (0, 2 * before)]
+        shifted = [padded[:, :, top : top + bands, left : left + frames] for top, left in corners]
+        cells = F.unfold(torch.cat((image, *shifted), dim=1), self.patch_size, stride=self.stride)
+        patches = self.proj(self.norm(cells.transpose(1, 2)))  # (batch, patch, width)
+        return patches.unflatten(1, (self.grid_size[0], -1))
 
 
 class ConvStem(Stem):

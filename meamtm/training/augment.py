@@ -28,7 +28,9 @@ def augment_waveform(samples: Samples, config: AugmentConfig, generator: torch.G
     return played if config.noise_db is None else _add_noise(played, config.noise_db, generator)
 
 
-def mix(waveform: Waveform, target: Target, config: MixConfig, generator: torch.Generator) -> tuple[Waveform, Target]:
+def mix(
+    waveform: Waveform, target: Target, config: MixConfig, rate_hz: int, generator: torch.Generator
+) -> tuple[Waveform, Target]:
     """Puts another clip of the batch into each, and into its target the other's, in shares that sum to 1."""
     if config.kind == "none" or len(waveform) < 2 or _uniform(1, 0, 1, generator).item() >= config.prob:
         return waveform, target
@@ -40,6 +42,8 @@ def mix(waveform: Waveform, target: Target, config: MixConfig, generator: torch.
     mixed_target = share[:, None] * target + (1 - share)[:, None] * target.roll(shift, 0)
     if config.kind == "timemix":
         return _replace_part(waveform, waveform.roll(shift, 0), share, generator), mixed_target
+    if config.kind == "freqmix":
+        return _replace_band(waveform, waveform.roll(shift, 0), share, rate_hz, generator), mixed_target
     mixed = waveform * weight[:, None]
     mixed[shift:].addcmul_(waveform[:-shift], other_weight[shift:, None])  # in two parts, for want of a rolled copy
     mixed[:shift].addcmul_(waveform[-shift:], other_weight[:shift, None])
@@ -140,11 +144,27 @@ def _loudness_weights(loudness: Tensor, other_loudness: Tensor, share: Tensor) -
 
 def _replace_part(waveform: Waveform, other: Waveform, share: Tensor, generator: torch.Generator) -> Waveform:
     """Keeps `share` of each clip's samples, and plays the other clip for the rest of the time, in one piece."""
-    kept = share.cpu() * waveform.shape[1]
-    start = _uniform(len(waveform), 0, 1, generator) * kept
-    sample = torch.arange(waveform.shape[1]) + 0.5
-    is_other = (sample >= start[:, None]) & (sample < (start + waveform.shape[1] - kept)[:, None])
-    return torch.where(is_other.to(waveform.device), other, waveform)
+    place = (torch.arange(waveform.shape[1]) + 0.5) / waveform.shape[1]
+    return torch.where(_gap(place, share, generator).to(waveform.device), other, waveform)
+
+
+def _replace_band(
+    waveform: Waveform, other: Waveform, share: Tensor, rate_hz: int, generator: torch.Generator
+) -> Waveform:
+    """Keeps `share` of each clip's frequencies, on the mel scale (HTK's), and plays the other clip's in the band that
+    is left."""
+    spectrum, other_spectrum = torch.fft.rfft(waveform), torch.fft.rfft(other)
+    frequency_hz = torch.arange(spectrum.shape[1]) * rate_hz / waveform.shape[1]
+    place = torch.log1p(frequency_hz / 700) / math.log1p(rate_hz / 2 / 700)
+    spectrum = torch.where(_gap(place, share, generator).to(waveform.device), other_spectrum, spectrum)
+    return torch.fft.irfft(spectrum, waveform.shape[1])
+
+
+def _gap(place: Float[Tensor, " place"], share: Tensor, generator: torch.Generator) -> Bool[Tensor, "batch place"]:
+    """Draws where in 0..1 each clip has a gap in one piece, which leaves `share` of it."""
+    kept = share.cpu()
+    start = _uniform(len(kept), 0, 1, generator) * kept
+    return (place >= start[:, None]) & (place < (start + 1 - kept)[:, None])
 
 
 def _interval(num_clips: int, length: int, widest: float, generator: torch.Generator) -> Bool[Tensor, "batch length"]:
