@@ -152,6 +152,8 @@ def _read(job: JobConfig) -> tuple[RunConfig, dict[str, str]]:
         run, paths = load(job.config, parse_changes(job.changes)), {}
     if (weights := run.encoder.pretrained_path) is not None:
         paths["encoder.pretrained"] = str(weights)
+    if run.distill.teacher != "none":
+        paths["distill.teacher"] = run.distill.teacher
     return run, {"data.path": run.data.path, "data.cache_dir": run.data.cache_dir, "runs_dir": run.runs_dir, **paths}
 
 

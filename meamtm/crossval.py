@@ -35,6 +35,7 @@ from meamtm.training.evaluate import Evaluation
 from meamtm.training.lock import held
 from meamtm.training.predictions import PREDICTIONS, Prediction, gather_predictions, read_predictions, write_predictions
 from meamtm.training.run import Outcome, absolute, run_folder, tags
+from meamtm.training.teacher import find_teacher
 
 SUMMARY = "crossval.json"
 
@@ -136,6 +137,8 @@ def evaluate_runs(
             with held(folder):
                 _tell_mlflow(config, done)
         return done
+    for run in runs.values():  # one that has no teacher is told now, not after the others have trained
+        find_teacher(run)
     with held(folder):
         outcomes = run_all(list(runs.values()), heard, should_stop)
         result = _gather(folder, dict(zip(runs, outcomes, strict=True)), digest)

@@ -133,11 +133,12 @@ def test_a_studys_folder_is_the_submitters_too(project: Path) -> None:
     assert f"data.path={project}/data/set" in words
 
 
-def test_weights_to_begin_with_are_found_from_the_job_too(project: Path) -> None:
-    changes = ["encoder.pretrained=weights/ast.pth"]
+def test_weights_to_begin_with_and_teachers_are_found_from_the_job_too(project: Path) -> None:
+    changes = ["encoder.pretrained=weights/ast.pth", "distill.teacher=runs/esc10-*"]
     words = shlex.split(prepare(job(kind="train", config="run.yaml", changes=changes)).entrypoint)
     assert f"encoder.pretrained={project}/weights/ast.pth" in words
-    assert changes[0] not in words
+    assert f"distill.teacher={project}/runs/esc10-*" in words
+    assert not set(changes) & set(words)
     named = shlex.split(
         prepare(job(kind="train", config="run.yaml", changes=["encoder.pretrained=deit_tiny_patch16_224"])).entrypoint
     )

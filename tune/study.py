@@ -203,6 +203,7 @@ def _check_data(plan: Plan) -> dict[str, str]:
     """Opens the data, so that what is wrong with it is said before anything starts, and returns all runs' tags."""
     from meamtm.data.cache import open_clips
     from meamtm.training.run import absolute, check_split, tags
+    from meamtm.training.teacher import find_teacher
 
     base = absolute(plan.base)
     clips = open_clips(base.data, base.mel.sample_rate_hz)
@@ -231,6 +232,7 @@ def _check_data(plan: Plan) -> dict[str, str]:
         )
         raise ConfigError(f"train.keep=best: a study {reason}; set train.keep=last")
     for run in plan.runs(base):
+        find_teacher(run)
         if len(check_split(run, clips).valid) > 0:
             continue
         if clips.has_split:

@@ -34,6 +34,13 @@ UNSCIENTIFIC = (
     "train.grad_checkpointing",
 )
 """Keys (or beginnings of keys) that cannot change a result."""
+LATER: dict[str, Any] = {
+    "encoder.attention": "joint",
+    "distill.teacher": "none",
+    "distill.weight": 0.5,
+    "distill.temperature": 1.0,
+}
+"""Keys that came when runs had been trained, and what those had been trained with: they keep their signatures."""
 
 
 def flatten(tree: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
@@ -83,14 +90,17 @@ def signature(config: RunConfig) -> str:
 
     A data set counts by the last part of its path: where it lies changes nothing, and another set of the same name is
     told apart by its digest, which a checkpoint holds. So do weights to begin with, or their folder where the file has
-    the name that Hugging Face gives to all.
+    the name that Hugging Face gives to all, and a teacher's run.
     """
     flat = {key: value for key, value in flatten(config).items() if not key.startswith(UNSCIENTIFIC)}
+    flat = {key: value for key, value in flat.items() if key not in LATER or value != LATER[key]}
     flat["data.path"] = data_name(config.data.path)
     if flat["data.cache"] != "none":  # without a cache clips come in another order; which one there is decides nothing
         del flat["data.cache"]
     if (path := config.encoder.pretrained_path) is not None:
         flat["encoder.pretrained"] = (path.parent if path.name in WEIGHT_FILES else path).name
+    if "distill.teacher" in flat:
+        flat["distill.teacher"] = PurePath(config.distill.teacher).name
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
 
 

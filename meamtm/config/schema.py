@@ -83,6 +83,20 @@ class LossConfig(Section):
     )
 
 
+class DistillConfig(Section):
+    """What another model teaches, beside the labels."""
+
+    teacher: Word = Field(
+        default="none",
+        description="run folder of a trained model, or a pattern such as runs/esc10-* of which the run with the same "
+        "folds is taken: its answers are learnt too (Hinton 2015); none: labels alone",
+    )
+    weight: float = Field(default=0.5, gt=0, le=1, description="part of the loss that is the teacher's")
+    temperature: float = Field(
+        default=1.0, gt=0, le=100, description="by which logits are divided first: more shows more of unlikely labels"
+    )
+
+
 class OptimConfig(Section):
     """Gradients -> new weights."""
 
@@ -239,6 +253,7 @@ class RunConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     mix: MixConfig = MixConfig()
     loss: LossConfig = LossConfig()
+    distill: DistillConfig = DistillConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     scale: ScaleConfig = ScaleConfig()

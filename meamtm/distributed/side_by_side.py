@@ -15,6 +15,7 @@ from meamtm.training.context import Stopped
 from meamtm.training.memory import peak_training_bytes
 from meamtm.training.notes import POLL_S, is_told_to_stop, stop_sign
 from meamtm.training.run import Outcome, absolute, recall, run_folder, run_here
+from meamtm.training.teacher import teacher_config
 
 LIBRARIES_BYTES = 700_000_000
 """What a process with torch and MLflow holds before it trains."""
@@ -134,11 +135,15 @@ def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
 
 def largest_peak_bytes(configs: Iterable[RunConfig]) -> int:
     """Estimates the most memory that a run allocates; those that differ in fold and seed alone allocate as much."""
-    kinds = {
-        (config.data.path, config.data.clip_s, config.mel, config.encoder, config.optim, _seedless(config)): config
-        for config in configs
-    }
-    return max(peak_training_bytes(config, len(read_card(config.data.path).classes)) for config in kinds.values())
+    kinds: dict[Any, RunConfig] = {}
+    for config in configs:
+        model = (config.mel, config.encoder, config.distill.teacher)
+        kinds[(config.data.path, config.data.clip_s, *model, config.optim, _seedless(config))] = config
+    labels = {path: len(read_card(path).classes) for path in {config.data.path for config in kinds.values()}}
+    return max(
+        peak_training_bytes(config, labels[config.data.path], teacher=teacher_config(config))
+        for config in kinds.values()
+    )
 
 
 def _seedless(config: RunConfig) -> TrainConfig:

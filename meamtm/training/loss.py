@@ -1,5 +1,6 @@
-"""Logits and targets -> the loss of each clip."""
+"""Logits, and targets or a teacher's logits -> the loss of each clip."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -16,3 +17,20 @@ def clip_losses(
         smooth = target * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").sum(1)
     return F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+
+
+def distance_to_teacher(
+    logits: Float[Tensor, "batch label"],
+    teacher: Float[Tensor, "batch label"],
+    *,
+    multi_label: bool,
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """Gives the Kullback-Leibler divergence of answers from a teacher's, nats, summed over labels where clips have
+    several; at any temperature gradients keep their size (Hinton 2015, section 2.1)."""
+    logits, teacher = logits / temperature, teacher / temperature
+    if multi_label:
+        ours, theirs = (torch.stack((F.logsigmoid(each), F.logsigmoid(-each)), 2) for each in (logits, teacher))
+    else:
+        ours, theirs = logits.log_softmax(1), teacher.log_softmax(1)
+    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).flatten(1).sum(1)

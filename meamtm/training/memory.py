@@ -6,7 +6,7 @@ trains; every storage that comes and goes is counted."""
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +24,44 @@ from meamtm.model.cost import cost, weightless
 from meamtm.model.precision import is_bf16
 from meamtm.training.optim import count_state
 from meamtm.training.prepare import training_loader
+from meamtm.training.teacher import teacher_config
 
 CGROUPS = Path("/sys/fs/cgroup")
 CPU = torch.device("cpu")
 
 
-def peak_training_bytes(config: RunConfig, num_labels: int = 10, device: torch.device = CPU) -> int:
+def peak_training_bytes(
+    config: RunConfig, num_labels: int = 10, device: torch.device = CPU, teacher: RunConfig | None = None
+) -> int:
     """Estimates what one process's training allocates at its peak, beyond what Python and torch take by themselves.
 
-    Counted are weights, their moving average, what the optimizer keeps, gradients, activations and waveforms, with the
-    kernels of a CPU and in the precision that the device has. What the system shows of a process is more, by the
-    fragments of its heap (docs/results.md).
+    Counted are weights, their moving average, what the optimizer keeps, gradients, activations, waveforms and a
+    teacher, with the kernels of a CPU and in the precision that the device has. What the system shows of a process is
+    more, by the fragments of its heap (docs/results.md).
     """
     num_clips = -(-config.train.batch_size // max(config.scale.least_workers, 1))
     num_at_once = -(-num_clips // config.train.accumulation_steps)
     encoder = weightless(config, num_labels).train()
     encoder.set_grad_checkpointing(config.train.grad_checkpointing)
+    teaching = None if teacher is None else weightless(teacher, num_labels).eval()
+    models = [encoder] if teaching is None else [encoder, teaching]
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        _bring_to_cpu(encoder)
-        with _Count(encoder) as count:
-            image = torch.empty(num_at_once, 1, config.mel.num_bands, config.num_frames)
+        for model in models:
+            _bring_to_cpu(model)
+        with _Count(models) as count:
+            image = _image(config, config.clip_samples, num_at_once)
             with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16(config, device), cache_enabled=False):
                 logits = encoder(image)
+                if teacher is not None and teaching is not None:
+                    with torch.no_grad():
+                        teaching(_image(teacher, config.clip_samples, num_at_once))
             logits.float().logsumexp(1).sum().backward()
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in encoder.parameters())
+    weight_bytes = _weight_bytes(encoder)
+    teacher_bytes = 0 if teaching is None else _weight_bytes(teaching)
     kept_copies = 1 + (config.train.ema_decay > 0) + (config.train.keep == "best")
     state_bytes = 4 * count_state(config, num_labels)
     waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
-    return count.peak_bytes + kept_copies * weight_bytes + state_bytes + waveform_bytes
+    return count.peak_bytes + kept_copies * weight_bytes + teacher_bytes + state_bytes + waveform_bytes
 
 
 def checkpoint_bytes(config: RunConfig, num_labels: int = 10) -> int:
@@ -71,7 +81,8 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
         else memory_limit_bytes(CGROUPS)
     )
     most_clips = min(config.train.batch_size, loader.num_heard)
-    needed = peak_training_bytes(override(config, {"train.batch_size": most_clips}), len(clips.classes), device)
+    largest = override(config, {"train.batch_size": most_clips})
+    needed = peak_training_bytes(largest, len(clips.classes), device, teacher_config(config))
     if needed > there:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} takes {needed / 1e9:,.1f} GB at training's peak, and there "
@@ -102,14 +113,15 @@ def memory_limit_bytes(cgroups: Path, mine: Path = Path("/proc/self/cgroup")) ->
 class _Count(TorchDispatchMode):
     """Adds up the storages that operations make, for as long as something refers to them.
 
-    A model's own weights are no operation's: a view of one, as a linear layer takes it, makes nothing.
+    Models' own weights are no operation's: a view of one, as a linear layer takes it, makes nothing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
         self.peak_bytes = 0
         self._live_bytes = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        weights = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+        self._known = {tensor.untyped_storage()._cdata for tensor in weights}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -131,6 +143,14 @@ class _Count(TorchDispatchMode):
     def _forget(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
         self._live_bytes -= num_bytes
+
+
+def _image(config: RunConfig, num_samples: int, num_clips: int) -> Tensor:
+    return torch.empty(num_clips, 1, config.mel.num_bands, config.mel.num_frames(num_samples))
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def _bring_to_cpu(module: nn.Module) -> None:

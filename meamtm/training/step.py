@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from meamtm.config import RunConfig, override
 from meamtm.model.precision import autocast, is_bf16
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.loss import clip_losses
+from meamtm.training.loss import clip_losses, distance_to_teacher
 from meamtm.training.optim import make_optimizer, set_lr
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.sam import worst_nearby
@@ -66,6 +66,7 @@ class Learner:
     world_size: int
     multi_label: bool
     steps_per_epoch: int
+    teacher: AudioTransformer | None = None
     epoch: int = 0
     batch: int = 0
     losses: list[Tensor] = field(default_factory=list)
@@ -93,6 +94,7 @@ def make_learner(
     multi_label: bool,
     rank: int = 0,
     world_size: int = 1,
+    teacher: AudioTransformer | None = None,
 ) -> Learner:
     """Puts a new model on its device, with optimizer, averaged copy and, for several ranks, gradient averaging."""
     model = model.to(device)
@@ -114,6 +116,7 @@ def make_learner(
         world_size,
         multi_label,
         steps_per_epoch,
+        teacher,
     )
 
 
@@ -198,9 +201,20 @@ def _forward_and_back(learner: Learner, part: TrainingBatch) -> Tensor:
         logits = learner.parallel(part.waveform, part.mask)
     smoothing = config.loss.label_smoothing
     losses = clip_losses(logits.float(), part.target, multi_label=learner.multi_label, smoothing=smoothing)
+    if learner.teacher is not None:
+        losses = losses.lerp(_distances(learner, learner.teacher, part, logits.float()), config.distill.weight)
     loss = losses.sum() * learner.world_size / part.num_global  # ranks average gradients, clips count alike
     loss.backward()
     return losses.detach().sum()
+
+
+def _distances(learner: Learner, teacher: AudioTransformer, part: TrainingBatch, logits: Tensor) -> Tensor:
+    """Tells how far each answer is from what the teacher says of the same clip, mixed as it is, with nothing masked."""
+    config = learner.config
+    with torch.no_grad(), autocast(config, part.waveform.device):
+        answers = teacher(part.waveform)
+    temperature = config.distill.temperature
+    return distance_to_teacher(logits, answers.float(), multi_label=learner.multi_label, temperature=temperature)
 
 
 def _seed(seed: int, device: torch.device) -> None:

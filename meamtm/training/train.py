@@ -27,6 +27,7 @@ from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches, training_loader
 from meamtm.training.recalibrate import recalibrate
 from meamtm.training.step import Best, Learner, make_learner, set_up_heap, settle_objects, train_step
+from meamtm.training.teacher import load_teacher
 
 logger = logging.getLogger(__name__)
 MAX_WINDOWS = 8
@@ -111,6 +112,7 @@ def _start(config: RunConfig, context: Context, clips: Clips, split: Split, step
         multi_label=clips.multi_label,
         rank=context.rank,
         world_size=context.world_size,
+        teacher=load_teacher(config, context.device),
     )
 
 
