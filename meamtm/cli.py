@@ -121,6 +121,8 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
     resolved = load(config, parse_changes(changes or []))  # before torch is loaded: a mistake shows at once
     from meamtm.model.cost import cost
     from meamtm.training.memory import checkpoint_bytes, peak_training_bytes
+    from meamtm.training.run import absolute
+    from meamtm.training.teacher import teacher_config
 
     print_settings(resolved)
     num_labels = _num_labels(resolved)
@@ -129,7 +131,7 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
         f"{price.num_params:,} parameters, {price.num_tokens} tokens, "
         f"{price.num_macs / 1e6:,.0f} million MACs per clip, checkpoint {checkpoint_mb:,.1f} MB"
     )
-    peak_mb = peak_training_bytes(resolved, num_labels) / 1e6
+    peak_mb = peak_training_bytes(resolved, num_labels, teacher=teacher_config(absolute(resolved))) / 1e6
     typer.echo(f"training allocates {peak_mb:,.0f} MB at its peak, in each process, beside Python and its libraries")
 
 

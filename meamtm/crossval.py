@@ -138,7 +138,8 @@ def evaluate_runs(
                 _tell_mlflow(config, done)
         return done
     for run in runs.values():  # one that has no teacher is told now, not after the others have trained
-        find_teacher(run)
+        if not (run_folder(run) / "test" / "metrics.json").exists():
+            find_teacher(run)
     with held(folder):
         outcomes = run_all(list(runs.values()), heard, should_stop)
         result = _gather(folder, dict(zip(runs, outcomes, strict=True)), digest)

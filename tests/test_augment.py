@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from tiny import tiny
 from torch import Tensor
 
-from meamtm.config import AugmentConfig, MixConfig
+from meamtm.config import AugmentConfig, MelConfig, MixConfig
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
 from meamtm.training.augment import NOISE_RANGE_DB, augment_waveform, mix, spectrogram_mask
 from meamtm.training.prepare import training_batches
 
 OFF = {"roll": 0.0, "gain_db": 0.0, "speed": 0.0, "noise_db": None, "time_mask": 0.0, "freq_mask": 0.0}
-RATE_HZ = 16_000
+MEL = MelConfig()
 seeds = st.integers(0, 2**31)
 
 
@@ -49,7 +49,7 @@ def level_db(waveform: Tensor) -> Tensor:
 def test_nothing_happens_when_everything_is_off() -> None:
     assert torch.equal(augment_waveform(noise(), only(), generator()), noise())
     for off in (mixing(kind="none"), mixing(prob=0)):
-        waveform, target = mix(noise(), torch.eye(6), off, RATE_HZ, generator())
+        waveform, target = mix(noise(), torch.eye(6), off, MEL, generator())
         assert torch.equal(waveform, noise())
         assert torch.equal(target, torch.eye(6))
     assert spectrogram_mask((6, 16, 20), only(), generator()) is None
@@ -58,8 +58,8 @@ def test_nothing_happens_when_everything_is_off() -> None:
 ALL = only(roll=1, gain_db=6, speed=0.2, noise_db=10, time_mask=0.3, freq_mask=0.3)
 EVERYTHING: list[Callable[[torch.Generator], Tensor | None]] = [
     lambda draws: augment_waveform(noise(), ALL, draws),
-    lambda draws: mix(noise(), torch.eye(6), mixing(kind="mixup", alpha=0.4), RATE_HZ, draws)[0],
-    lambda draws: mix(noise(), torch.eye(6), mixing(kind="between_class"), RATE_HZ, draws)[1],
+    lambda draws: mix(noise(), torch.eye(6), mixing(kind="mixup", alpha=0.4), MEL, draws)[0],
+    lambda draws: mix(noise(), torch.eye(6), mixing(kind="between_class"), MEL, draws)[1],
     lambda draws: spectrogram_mask((6, 16, 20), ALL, draws),
 ]
 
@@ -79,7 +79,7 @@ def test_one_seed_gives_one_result_whatever_torchs_own_generator_says(
 def test_the_clips_that_come_in_are_left_as_they_are(change: AugmentConfig) -> None:
     waveform = noise()
     augment_waveform(waveform, change, generator())
-    mix(waveform, torch.eye(6), mixing(), RATE_HZ, generator())
+    mix(waveform, torch.eye(6), mixing(), MEL, generator())
     assert torch.equal(waveform, noise())
 
 
@@ -174,7 +174,7 @@ def test_a_ramp_that_is_sped_up_stays_a_ramp_that_begins_again(seed: int, speed:
 
 @pytest.mark.parametrize("alpha", [0.02, 0.4, 1.0, 5.0])
 def test_shares_are_drawn_from_a_beta_distribution(alpha: float) -> None:
-    _, target = mix(noise(1_000, 4), torch.eye(1_000), mixing(kind="mixup", alpha=alpha), RATE_HZ, generator(7))
+    _, target = mix(noise(1_000, 4), torch.eye(1_000), mixing(kind="mixup", alpha=alpha), MEL, generator(7))
     for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
         found = float((target.diagonal() <= share).float().mean())
         assert found == pytest.approx(scipy.stats.beta(alpha, alpha).cdf(share), abs=0.05), share
@@ -190,7 +190,7 @@ def test_shares_are_drawn_from_a_beta_distribution(alpha: float) -> None:
 @settings(max_examples=100, deadline=None)
 def test_mixing_conserves_label_mass(seed: int, kind: str, alpha: float, num_clips: int, num_labels: int) -> None:
     target = torch.rand(num_clips, num_labels, generator=generator(seed)).softmax(1)
-    waveform, mixed = mix(noise(num_clips), target, mixing(kind=kind, alpha=alpha), RATE_HZ, generator(seed))
+    waveform, mixed = mix(noise(num_clips), target, mixing(kind=kind, alpha=alpha), MEL, generator(seed))
     torch.testing.assert_close(mixed.sum(1), torch.ones(num_clips))
     assert mixed.min() >= 0
     assert waveform.isfinite().all()
@@ -208,7 +208,7 @@ def shares(target: Tensor) -> tuple[Tensor, int]:
 @given(seed=seeds)
 @settings(max_examples=25, deadline=None)
 def test_mixup_adds_in_those_shares(seed: int) -> None:
-    mixed, target = mix(noise(), torch.eye(6), mixing(kind="mixup"), RATE_HZ, generator(seed))
+    mixed, target = mix(noise(), torch.eye(6), mixing(kind="mixup"), MEL, generator(seed))
     share, shift = shares(target)
     assert 1 <= shift < 6
     expected = share[:, None] * noise() + (1 - share)[:, None] * noise().roll(shift, 0)
@@ -219,7 +219,7 @@ def test_mixup_adds_in_those_shares(seed: int) -> None:
 @settings(max_examples=25, deadline=None)
 def test_between_class_weights_follow_the_published_formula(seed: int) -> None:
     """Tokozume 2018, equations 1 and 2: p = 1 / (1 + 10^((G1 - G2) / 20) (1 - r) / r), over sqrt(p^2 + (1 - p)^2)."""
-    mixed, target = mix(noise(), torch.eye(6), mixing(kind="between_class"), RATE_HZ, generator(seed))
+    mixed, target = mix(noise(), torch.eye(6), mixing(kind="between_class"), MEL, generator(seed))
     share, shift = shares(target)
     first, second = noise(), noise().roll(shift, 0)
     part = 1 / (1 + 10 ** ((level_db(first) - level_db(second)) / 20) * (1 - share) / share)
@@ -230,7 +230,7 @@ def test_between_class_weights_follow_the_published_formula(seed: int) -> None:
 @given(seed=seeds)
 @settings(max_examples=25, deadline=None)
 def test_timemix_plays_each_clip_for_its_share_of_the_time(seed: int) -> None:
-    mixed, target = mix(noise(), torch.eye(6), mixing(kind="timemix"), RATE_HZ, generator(seed))
+    mixed, target = mix(noise(), torch.eye(6), mixing(kind="timemix"), MEL, generator(seed))
     share, shift = shares(target)
     first, second = noise(), noise().roll(shift, 0)
     is_first = mixed == first
@@ -241,15 +241,18 @@ def test_timemix_plays_each_clip_for_its_share_of_the_time(seed: int) -> None:
 
 @given(seed=seeds)
 @settings(max_examples=25, deadline=None)
-def test_freqmix_plays_each_clip_in_its_share_of_the_mel_scale(seed: int) -> None:
-    mixed, target = mix(noise(6, 4_000), torch.eye(6), mixing(kind="freqmix"), RATE_HZ, generator(seed))
+def test_freqmix_plays_each_clip_in_its_share_of_the_mel_scale_that_is_heard(seed: int) -> None:
+    heard = MelConfig(fmin_hz=500, fmax_hz=5_000)
+    mixed, target = mix(noise(6, 4_000), torch.eye(6), mixing(kind="freqmix"), heard, generator(seed))
     share, shift = shares(target)
     first, second = torch.fft.rfft(noise(6, 4_000)), torch.fft.rfft(noise(6, 4_000).roll(shift, 0))
     found = torch.fft.rfft(mixed)
     is_first = (found - first).abs() < (found - second).abs()
     torch.testing.assert_close(found, torch.where(is_first, first, second), atol=1e-3, rtol=1e-3)
-    mel = 2595 * np.log10(1 + np.fft.rfftfreq(4_000, 1 / RATE_HZ) / 700)
-    widths = torch.from_numpy(np.gradient(mel) / mel.max()).float()
+    frequency_hz = np.fft.rfftfreq(4_000, 1 / heard.sample_rate_hz)
+    mel = 2595 * np.log10(1 + frequency_hz / 700)
+    widths = torch.from_numpy(np.gradient(mel) * (frequency_hz >= 500) * (frequency_hz < 5_000)).float()
+    widths /= widths.sum()
     torch.testing.assert_close((is_first * widths).sum(1), share, atol=5e-3, rtol=0)
     assert int((is_first[:, 1:] != is_first[:, :-1]).sum(1).max()) <= 2, "the other clip is in one band"
 
@@ -257,7 +260,7 @@ def test_freqmix_plays_each_clip_in_its_share_of_the_mel_scale(seed: int) -> Non
 def test_silence_mixes_without_harm() -> None:
     waveform = torch.cat((torch.zeros(2, 500), noise(2)))
     for seed in range(10):
-        mixed, _ = mix(waveform, torch.eye(4), mixing(kind="between_class"), RATE_HZ, generator(seed))
+        mixed, _ = mix(waveform, torch.eye(4), mixing(kind="between_class"), MEL, generator(seed))
         assert mixed.isfinite().all()
         assert mixed.abs().max() < 10
 
@@ -268,7 +271,7 @@ def test_beside_silence_a_clip_is_left_alone(seed: int) -> None:
     """Given the loudness of silence it would be gone, and its label would stay."""
     waveform = noise(4)
     waveform[[0, 2]] = 0
-    mixed, target = mix(waveform, torch.eye(4), mixing(kind="between_class"), RATE_HZ, generator(seed))
+    mixed, target = mix(waveform, torch.eye(4), mixing(kind="between_class"), MEL, generator(seed))
     for heard, label in zip(mixed, target, strict=True):
         clip = int(label.argmax())
         if label[clip] == 1 and clip in (1, 3):
@@ -296,10 +299,10 @@ def test_the_last_epochs_hear_clips_alone(  # noqa: PLR0917
 def test_batches_are_mixed_as_often_as_asked_and_a_lone_clip_never() -> None:
     draws, config = generator(), mixing(kind="mixup", prob=0.3)
     times = sum(
-        not torch.equal(mix(noise(2, 4), torch.eye(2), config, RATE_HZ, draws)[1], torch.eye(2)) for _ in range(1_000)
+        not torch.equal(mix(noise(2, 4), torch.eye(2), config, MEL, draws)[1], torch.eye(2)) for _ in range(1_000)
     )
     assert 250 < times < 350
-    assert torch.equal(mix(noise(1), torch.eye(1), mixing(prob=1), RATE_HZ, draws)[0], noise(1))
+    assert torch.equal(mix(noise(1), torch.eye(1), mixing(prob=1), MEL, draws)[0], noise(1))
 
 
 @given(

@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "encoder.stem": "patch",
         "encoder.pool": "cls_dist",
     },
-    "local": {"mel.hop_ms": 10, "encoder.attention": "local", "encoder.stem": "shifted_patch"},
+    "locality": {"mel.hop_ms": 10, "encoder.attention": "locality", "encoder.stem": "shifted_patch"},
     "separable": {"encoder.attention": "separable", "encoder.depth": 2},
 }
 SIZES = [(2, 8_000), (5, 4_321), (1, 12_345), (3, 30_000)]

@@ -99,7 +99,7 @@ ANOTHER: dict[str, Any] = {
     "encoder.head_dim": 32,
     "encoder.depth": 3,
     "encoder.mlp_ratio": 4.0,
-    "encoder.attention": "local",
+    "encoder.attention": "locality",
     "encoder.pool": "cls",
     "encoder.dropout": 0.1,
     "encoder.drop_path": 0.2,

@@ -16,7 +16,7 @@ from meamtm.model.positions import JointPositions, SeparatePositions, along_time
 SMALL = {"stem_channels": [8, 8], "patch": [8, 8], "stride": [8, 4], "heads": 2, "head_dim": 8, "depth": 2}
 POOLS = ("mean", "cls", "cls_dist", "attention")
 STEMS = ("conv", "patch", "shifted_patch")
-ATTENTION = ("joint", "local", "separable")
+ATTENTION = ("joint", "locality", "separable")
 POSITIONS = ("joint", "separate")
 
 
@@ -42,7 +42,7 @@ def test_a_clip_alone_equals_the_same_clip_in_a_padded_batch(pool: str, stem: st
 
 
 @pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.parametrize("attention", ["local", "separable"])
+@pytest.mark.parametrize("attention", ["locality", "separable"])
 @torch.no_grad()
 def test_so_it_does_where_attention_is_restricted(attention: str, stem: str) -> None:
     """Of the shortest clips with one row there is but one patch, which then hears itself."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from meamtm.config import EncoderConfig
 from meamtm.model.attention import Attention
 from meamtm.model.encoder import Encoder
-from meamtm.model.restricted_attention import LocalAttention, SeparableAttention
+from meamtm.model.restricted_attention import LocalityAttention, SeparableAttention
 
 ROWS, COLUMNS, WIDTH = 3, 4, 16
 
@@ -16,9 +16,9 @@ def tokens(num_tokens: int = ROWS * COLUMNS) -> Tensor:
     return torch.randn(2, num_tokens, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def local(inverse_temperature: float = 1.0) -> LocalAttention:
+def local(inverse_temperature: float = 1.0) -> LocalityAttention:
     torch.manual_seed(1)
-    made = LocalAttention(WIDTH, num_heads=2, qkv_bias=True)
+    made = LocalityAttention(WIDTH, num_heads=2, qkv_bias=True)
     torch.nn.init.constant_(made.inverse_temperature, inverse_temperature)
     return made
 
@@ -95,6 +95,6 @@ def test_blocks_attend_along_each_axis_in_turn_and_together_hear_all() -> None:
 
 
 def test_a_learnt_temperature_is_no_weight_to_decay() -> None:
-    made = Encoder(EncoderConfig.model_validate({"attention": "local", "depth": 1}), (64, 64), 3)
+    made = Encoder(EncoderConfig.model_validate({"attention": "locality", "depth": 1}), (64, 64), 3)
     shapes = {name: weight.ndim for name, weight in made.named_parameters() if "temperature" in name}
     assert shapes == {"blocks.0.attn.inverse_temperature": 1}  # timm spares what has one axis

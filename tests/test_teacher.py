@@ -1,28 +1,36 @@
 """A run learns from another one of the same clips, which it finds by its folds, and from no other."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from tiny import PLAIN, tiny
 from torch import Tensor
 
-from meamtm.config import RunConfig, from_flat, override, signature
+from meamtm.config import RunConfig, flatten, from_flat, override, signature
 from meamtm.crossval import cross_validate
 from meamtm.data.pack import pack
 from meamtm.data.synth import write_synth
+from meamtm.distributed.side_by_side import largest_peak_bytes
 from meamtm.errors import CheckpointError, ConfigError
 from meamtm.model.transformer import AudioTransformer
+from meamtm.training import memory
 from meamtm.training.checkpoint import load_model, newest
 from meamtm.training.context import Stopped
-from meamtm.training.loss import distance_to_teacher
-from meamtm.training.memory import peak_training_bytes
+from meamtm.training.loss import distillation_losses
+from meamtm.training.memory import check_memory, peak_training_bytes
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.run import run_folder, run_here
 from meamtm.training.step import make_learner, train_step
-from meamtm.training.teacher import find_teacher, load_teacher
+from meamtm.training.teacher import Teacher, find_teacher, load_teacher
+from tune.plan import load_plan
+from tune.study import run_study
 
 TEACHER = {"name": "teacher", "encoder.heads": 4, "train.epochs": 2}
 
@@ -50,10 +58,10 @@ def pupil(packed: Path, cache_dir: Path, folder: Path, runs: Path, **changes: An
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_the_distance_is_that_of_the_formula(temperature: float) -> None:
     ours, theirs = logits(0), logits(1)
-    one = distance_to_teacher(ours, theirs, multi_label=False, temperature=temperature)
+    one = distillation_losses(ours, theirs, multi_label=False, temperature=temperature)
     p, q = (theirs / temperature).softmax(1), (ours / temperature).softmax(1)
     torch.testing.assert_close(one, temperature**2 * (p * (p / q).log()).sum(1))
-    several = distance_to_teacher(ours, theirs, multi_label=True, temperature=temperature)
+    several = distillation_losses(ours, theirs, multi_label=True, temperature=temperature)
     p, q = (theirs / temperature).sigmoid(), (ours / temperature).sigmoid()
     binary = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     torch.testing.assert_close(several, temperature**2 * binary.sum(1))
@@ -62,7 +70,7 @@ def test_the_distance_is_that_of_the_formula(temperature: float) -> None:
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_who_says_what_the_teacher_says_has_nothing_to_learn(multi_label: bool) -> None:
     ours = (1e3 * logits(2)).requires_grad_()  # as sure as logits can be
-    distance = distance_to_teacher(ours, ours.detach(), multi_label=multi_label, temperature=1.0)
+    distance = distillation_losses(ours, ours.detach(), multi_label=multi_label, temperature=1.0)
     torch.testing.assert_close(distance, torch.zeros_like(distance))
     assert torch.autograd.grad(distance.sum(), ours)[0].abs().max() < 1e-9
 
@@ -80,10 +88,10 @@ def test_a_step_weighs_labels_and_teacher(packed: Path, cache_dir: Path, tmp_pat
     mask[:, :5] = True
     before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
     device = torch.device("cpu")
-    learner = make_learner(config, model, device, 10, multi_label=False, teacher=teacher)
+    learner = make_learner(config, model, device, 10, multi_label=False, teacher=Teacher(teacher, "elsewhere", "0"))
     ours = model.train()(waveform, mask)
     labels = F.cross_entropy(ours, target, label_smoothing=0.1, reduction="none")
-    taught = distance_to_teacher(ours, teacher(waveform), multi_label=False, temperature=2.0)
+    taught = distillation_losses(ours, teacher(waveform), multi_label=False, temperature=2.0)
     train_step(learner, TrainingBatch(waveform, target, mask, 4, seed=0))
     torch.testing.assert_close(learner.losses[0], (0.7 * labels + 0.3 * taught).sum().detach())
     assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
@@ -99,10 +107,10 @@ def test_a_pupil_comes_to_say_what_its_teacher_says(packed: Path, cache_dir: Pat
     assert teacher is not None
     noise = 0.1 * torch.randn(64, 4_000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = teacher(noise)
+        expected = teacher.model(noise)
         found = [load_model(run.checkpoint).model(noise) for run in (taught, untaught)]
     near, far = (
-        float(distance_to_teacher(each, expected, multi_label=False, temperature=1.0).mean()) for each in found
+        float(distillation_losses(each, expected, multi_label=False, temperature=1.0).mean()) for each in found
     )
     assert near < 0.5 * far
 
@@ -117,6 +125,20 @@ def test_a_run_that_was_stopped_goes_on_with_its_teacher(
     one, two = run_here(whole), run_here(stopped)
     for name, weight in load_model(one.checkpoint).model.state_dict().items():
         torch.testing.assert_close(weight, load_model(two.checkpoint).model.state_dict()[name], rtol=0, atol=0)
+
+
+def test_a_run_does_not_go_on_with_another_teacher(packed: Path, cache_dir: Path, tmp_path: Path, runs: Path) -> None:
+    config = pupil(packed, cache_dir, tmp_path, tmp_path)
+    shutil.copytree(run_folder(tiny(packed, cache_dir, runs, TEACHER)), tmp_path / "teacher-1")
+    answers = iter([False] * 5 + [True])
+    with pytest.raises(Stopped):
+        run_here(config, should_stop=lambda: next(answers))
+    shutil.rmtree(tmp_path / "teacher-1")
+    other = run_here(tiny(packed, cache_dir, tmp_path, TEACHER | {"optim.lr": 1e-3}))
+    with pytest.raises(
+        CheckpointError, match=rf"was taught by .*teacher-1.*is now {other.checkpoint}, which has other"
+    ):
+        run_here(config)
 
 
 def test_the_teacher_has_the_run_s_folds_and_its_seed_where_there_are_several(
@@ -149,12 +171,19 @@ def test_a_run_does_not_teach_itself(packed: Path, cache_dir: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"data__test_fold": 4}, r"0 of 4 runs there have data.test_fold=4"),
-        ({"data__valid_fold": 3}, r"0 of 4 runs there have data.test_fold=1 data.valid_fold=3 .*; train it first"),
-        ({"data__test_fold": 3}, r"teacher-\w+ is not trained to its end; finish it first"),
-        ({"data__test_fold": 2, "train__seed": 5}, r"2 of 4 runs there have .*; name one of them: .*teacher-"),
-        ({"mel__sample_rate_hz": 16_000}, r"0 of 4 runs there have .* mel.sample_rate_hz=16000; train it first"),
-        ({"distill__teacher": "nowhere/at-all"}, r"^distill.teacher=.*at-all: no run is there that has"),
+        (
+            {"data__test_fold": 4},
+            r"\(teacher-\w+ was trained on other clips \(data.test_fold=\d data.valid_fold=None\); .*; and 1 more\);",
+        ),
+        ({"data__valid_fold": 3}, "train one with data.test_fold=1 data.valid_fold=3 first"),
+        ({"data__test_fold": 3}, r"teacher-\w+ is not trained to its end"),
+        (
+            {"data__test_fold": 2, "train__seed": 5},
+            r"teacher-\w+, teacher-\w+ can each teach this run; name one of them",
+        ),
+        ({"mel__sample_rate_hz": 16_000}, r"teacher-\w+ has mel.sample_rate_hz=8000, not 16000;"),
+        ({"distill__teacher": "nowhere/at-all"}, r"^distill.teacher=.*at-all: no run there can teach this one; train"),
+        ({"distill__teacher": "/"}, r"^distill.teacher=/: no run there can teach this one; train"),
     ],
 )
 def test_who_cannot_teach_is_told_before_anything_is_written(  # noqa: PLR0917
@@ -168,8 +197,21 @@ def test_who_cannot_teach_is_told_before_anything_is_written(  # noqa: PLR0917
 def test_a_teacher_of_other_clips_is_refused(cache_dir: Path, tmp_path: Path, runs: Path) -> None:
     write_synth(tmp_path / "sounds", clips_per_class=10, clip_s=0.5, sample_rate_hz=8_000, seed=1)
     pack(tmp_path / "sounds", tmp_path / "packed")
-    with pytest.raises(CheckpointError, match=r"distill.teacher=.*was trained on other data"):
+    with pytest.raises(ConfigError, match=r"teacher-\w+ was trained on other data than .*packed"):
         run_here(pupil(tmp_path / "packed", cache_dir, tmp_path / "runs", runs))
+
+
+def test_a_config_that_no_longer_builds_is_named(packed: Path, cache_dir: Path, tmp_path: Path, runs: Path) -> None:
+    found = newest(run_folder(tiny(packed, cache_dir, runs, TEACHER)))
+    assert found is not None
+    old = tmp_path / "runs" / "teacher-old" / found.name
+    shutil.copytree(found, old)
+    (old / "config.yaml").write_text((old / "config.yaml").read_text().replace("heads:", "horns:"))
+    record = json.loads((old / "metrics.json").read_text())
+    record["files"]["config.yaml"] = hashlib.sha256((old / "config.yaml").read_bytes()).hexdigest()
+    (old / "metrics.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"can teach this one \(teacher-old encoder.horns=4: no such key"):
+        find_teacher(pupil(packed, cache_dir, tmp_path, tmp_path / "runs"))
 
 
 def test_a_cross_validation_has_a_teacher_for_each_fold_or_does_not_begin(
@@ -179,8 +221,43 @@ def test_a_cross_validation_has_a_teacher_for_each_fold_or_does_not_begin(
     with pytest.raises(ConfigError, match=r"data.test_fold=4"):
         cross_validate(config, folds=[1, 2, 4])
     assert not any(tmp_path.iterdir())
-    result = cross_validate(config, folds=[1, 2])
-    assert [row.fold for row in result.rows] == [1, 2]
+    assert [row.fold for row in cross_validate(config, folds=[1]).rows] == [1]
+
+
+def test_a_cross_validation_may_teach_another_of_the_same_name(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """What it found, and other pupils, match the pattern too."""
+    teacher = tiny(packed, cache_dir, tmp_path, {"name": "same", "train.epochs": 1})
+    cross_validate(teacher, folds=[1])
+    learner = override(teacher, {"distill.teacher": str(tmp_path / "same-*")})
+    for changes in ({}, {"distill.weight": 0.9}, {"train.seed": 1}):
+        cross_validate(override(learner, changes), folds=[1])
+    assert len(list(tmp_path.glob("same-*"))) == 8  # four runs and what each cross-validation found
+    for seed in (0, 1):
+        found = find_teacher(override(learner, {"distill.weight": 0.8, "train.seed": seed}))
+        assert found is not None
+        assert found.parent == run_folder(teacher)
+
+
+def test_a_pupil_teaches_where_it_is_named(packed: Path, cache_dir: Path, tmp_path: Path, runs: Path) -> None:
+    first = run_here(pupil(packed, cache_dir, tmp_path, runs))
+    for teacher in (first.folder, first.checkpoint):
+        second = pupil(packed, cache_dir, tmp_path, runs, name="second", distill__teacher=str(teacher))
+        assert find_teacher(second) == first.checkpoint
+
+
+def test_a_study_looks_for_every_teacher_before_its_first_trial(
+    packed: Path, cache_dir: Path, tmp_path: Path, runs: Path
+) -> None:
+    """There are teachers of whole runs and none that spares an inner fold, and the other way round."""
+    folds = {"data.test_fold": 1, "data.valid_fold": 2}
+    run_here(tiny(packed, cache_dir, tmp_path / "inner", TEACHER | folds))
+    for there, lacking in ((runs, "data.valid_fold=2"), (tmp_path / "inner", "data.valid_fold=null")):
+        flat = flatten(pupil(packed, cache_dir, tmp_path / "runs", there, data__valid_fold=2))
+        study = {"name": "taught", "trials": 1, "studies_dir": str(tmp_path / "studies"), "set": flat}
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study | {"space": {"optim.lr": {"uniform": [1e-4, 1e-2]}}}))
+        with pytest.raises(ConfigError, match=f"train one with data.test_fold=1 {lacking} first"):
+            run_study(load_plan(tmp_path / "study.yaml"), print)
+        assert not (tmp_path / "studies").exists()
 
 
 def test_where_a_teacher_lies_does_not_change_the_signature() -> None:
@@ -191,11 +268,20 @@ def test_where_a_teacher_lies_does_not_change_the_signature() -> None:
     assert len({signed("runs/esc10-*"), signed("runs/other-*"), signed("none")}) == 3
 
 
-def test_memory_counts_the_teacher(packed: Path, cache_dir: Path, tmp_path: Path, runs: Path) -> None:
-    config = tiny(packed, cache_dir, tmp_path)
-    folder = newest(run_folder(tiny(packed, cache_dir, runs, TEACHER)))
-    assert folder is not None
-    teacher = load_model(folder)
-    alone, taught = peak_training_bytes(config), peak_training_bytes(config, teacher=teacher.config)
-    weights = sum(weight.numel() * weight.element_size() for weight in teacher.model.encoder.parameters())
-    assert taught >= alone + weights
+def test_memory_counts_the_teacher_and_what_it_hears(
+    packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"mel.num_bands": 64, "mel.hop_ms": 5.0, "encoder.stem_channels": [64, 64], "train.epochs": 1}
+    teacher = tiny(packed, cache_dir, tmp_path, TEACHER | large)
+    saved = load_model(run_here(teacher).checkpoint)
+    alone, taught = (
+        tiny(packed, cache_dir, tmp_path, changes) for changes in ({}, {"distill.teacher": str(run_folder(teacher))})
+    )
+    weights = sum(weight.numel() * weight.element_size() for weight in saved.model.encoder.parameters())
+    first_stage = 20 * 64 * 64 * teacher.num_frames * 4  # clips x channels x bands x frames, float32
+    assert peak_training_bytes(alone, teacher=teacher) > weights + 2 * first_stage
+    assert largest_peak_bytes([taught]) == peak_training_bytes(alone, teacher=teacher) > 2 * largest_peak_bytes([alone])
+    monkeypatch.setattr(memory, "memory_limit_bytes", lambda _: 2 * peak_training_bytes(alone))
+    check_memory(alone, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="GB at training's peak"):
+        check_memory(taught, torch.device("cpu"))

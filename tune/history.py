@@ -164,15 +164,19 @@ def ranked(study: "Study", mode: str) -> "list[FrozenTrial]":
 
 def enqueue_finalists(study: "Study", plan: Plan) -> None:
     """Puts the best trials of a search in line once more, each with the seeds after the base run's."""
-    config, first = plan.config, plan.base.train.seed + 1
-    finalists = [] if config.finalists == 1 else _finalists(study, plan)[: config.finalists]
-    seeds = range(first, first + config.finalist_seeds)
-    wanted = [Repeat(trial.number, seed) for trial in finalists for seed in seeds]
+    finalists = _finalists(study, plan)[: plan.config.finalists]
+    wanted = [Repeat(trial.number, seed) for trial in finalists for seed in finalist_seeds(plan)]
     _withdraw(study, wanted)
     there = {repeat_of(trial) for trial in study.get_trials(deepcopy=False) if not is_rejected(trial)}
     for repeat in wanted:
         if repeat not in there:
             study.enqueue_trial(study.trials[repeat.number].params, user_attrs={"repeats": repeat})
+
+
+def finalist_seeds(plan: Plan) -> range:
+    """Seeds with which finalists train again, those after the base run's; none where one trial alone would."""
+    first = plan.base.train.seed + 1
+    return range(first, first + (plan.config.finalist_seeds if plan.config.finalists > 1 else 0))
 
 
 def _withdraw(study: "Study", wanted: "Sequence[Repeat]") -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meamtm.config import differences, write_yaml
+from meamtm.config import differences, override, write_yaml
 from meamtm.data.packed import digest_of
 from meamtm.errors import CheckpointError, ConfigError, MeamtmError
 from meamtm.tracking import warn_of_rest
@@ -19,6 +19,7 @@ from tune.config import ACCURACY, MAP
 from tune.history import (
     choose,
     enqueue_finalists,
+    finalist_seeds,
     open_study,
     point_of,
     repeats,
@@ -64,6 +65,7 @@ def run_study(plan: Plan, tell: Tell) -> Result:
         return done
     with interruptible():
         tags = _check_data(plan)
+        _check_teachers(plan)
         with held(plan.folder):
             return _run(plan, tags, tell)
 
@@ -83,6 +85,19 @@ def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
         if parent is not None:
             parent.close("FINISHED", RECORD_WAIT_S)
         return result
+
+
+def _check_teachers(plan: Plan) -> None:
+    """Looks for the teacher of every run that the study may come to, so that the last is not missed after the others:
+    of each seed of a trial's folds, and of what is chosen."""
+    from meamtm.training.run import absolute
+    from meamtm.training.teacher import find_teacher
+
+    base = absolute(plan.base)
+    for seed in (base.train.seed, *finalist_seeds(plan)):
+        for run in plan.runs(override(base, {"train.seed": seed})):
+            find_teacher(run)
+    find_teacher(absolute(plan.chosen({})))
 
 
 def _check_digest(plan: Plan, known: str | None, digest: str) -> None:
@@ -203,7 +218,6 @@ def _check_data(plan: Plan) -> dict[str, str]:
     """Opens the data, so that what is wrong with it is said before anything starts, and returns all runs' tags."""
     from meamtm.data.cache import open_clips
     from meamtm.training.run import absolute, check_split, tags
-    from meamtm.training.teacher import find_teacher
 
     base = absolute(plan.base)
     clips = open_clips(base.data, base.mel.sample_rate_hz)
@@ -232,7 +246,6 @@ def _check_data(plan: Plan) -> dict[str, str]:
         )
         raise ConfigError(f"train.keep=best: a study {reason}; set train.keep=last")
     for run in plan.runs(base):
-        find_teacher(run)
         if len(check_split(run, clips).valid) > 0:
             continue
         if clips.has_split:

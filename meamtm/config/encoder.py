@@ -59,10 +59,10 @@ class EncoderConfig(Section):
     head_dim: int = Field(default=64, ge=4, le=256, description="width of one head; a token has heads x head_dim")
     depth: int = Field(default=2, ge=1, le=48, description="transformer blocks")
     mlp_ratio: float = Field(default=2.0, gt=0, le=8, description="hidden width of a block's MLP over a token's")
-    attention: Literal["joint", "local", "separable"] = Field(
+    attention: Literal["joint", "locality", "separable"] = Field(
         default="joint",
-        description="joint: of all patches; local: a token hears all but itself, at a learnt temperature (Lee 2021); "
-        "separable: along frequency and along time, block by block in turn (Ristea 2022)",
+        description="joint: of all patches; locality: of all but a token's own, at a learnt temperature (Lee 2021); "
+        "separable: along frequency and along time, block by block in turn (axial; Ristea 2022)",
     )
     pool: Literal["mean", "cls", "cls_dist", "attention"] = Field(
         default="mean", description="how tokens become one vector; cls_dist: mean of two tokens of their own, as AST"

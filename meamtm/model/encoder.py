@@ -18,7 +18,7 @@ from meamtm.model.block import Block
 from meamtm.model.mlp import Mlp
 from meamtm.model.patchout import Patchout
 from meamtm.model.positions import JointPositions, SeparatePositions
-from meamtm.model.restricted_attention import LocalAttention, SeparableAttention
+from meamtm.model.restricted_attention import LocalityAttention, SeparableAttention
 from meamtm.model.stem import ConvStem, PatchStem, ShiftedPatchStem, Stem
 
 Image = Float[Tensor, "batch 1 band frame"]
@@ -33,7 +33,6 @@ POOLS: dict[str, Literal["avg", "token", "map"]] = {
     "attention": "map",
 }
 """Our words -> timm's."""
-ATTENTION: dict[str, type[Attention]] = {"joint": Attention, "local": LocalAttention, "separable": SeparableAttention}
 
 
 class Encoder(VisionTransformer):
@@ -61,7 +60,7 @@ class Encoder(VisionTransformer):
             drop_path_rate=config.drop_path,
             embed_layer=_stem(config),
             block_fn=Block,
-            attn_layer=ATTENTION[config.attention],
+            attn_layer=_attention(config),
             mlp_layer=Mlp,
         )
         grid = self.patch_embed.grid_size
@@ -135,6 +134,16 @@ class Encoder(VisionTransformer):
             return patches.mean(1)
         weight = heard / heard.sum(1, keepdim=True)  # (batch, patch)
         return (weight[:, None, :].to(patches.dtype) @ patches).squeeze(1)
+
+
+def _attention(config: EncoderConfig) -> type[Attention]:
+    match config.attention:
+        case "joint":
+            return Attention
+        case "locality":
+            return LocalityAttention
+        case "separable":
+            return SeparableAttention
 
 
 def _stem(config: EncoderConfig) -> "partial[ConvStem] | partial[PatchStem] | partial[ShiftedPatchStem]":

@@ -12,7 +12,7 @@ Tokens = Float[Tensor, "batch token width"]
 Heard = Bool[Tensor, "batch 1 1 token"]
 
 
-class LocalAttention(Attention):
+class LocalityAttention(Attention):
     """Locality self-attention (Lee 2021, section 3.2): no token hears itself, so each has to look at others, and a
     learnt temperature for each head lets it look at few of them."""
 
@@ -30,11 +30,11 @@ class LocalAttention(Attention):
 
 
 class SeparableAttention(Attention):
-    """Attends along one axis of the grid of patches (SepTr, Ristea 2022, without its tokens for each column): to all
-    frequencies of a patch's own time, or to all times of its own frequency."""
+    """Attends along one axis of the grid of patches, as SepTr does (Ristea 2022, without its tokens for each column;
+    axial attention, Ho 2019): to all frequencies of a patch's own time, or to all times of its own frequency."""
 
-    num_rows: int
-    along_time: bool
+    num_rows = 1
+    along_time = True
 
     def forward(self, x: Tokens, attn_mask: Heard | None = None, num_read: int | None = None) -> Tokens:
         """Takes all patches, row by row, and nothing else; columns that the mask tells are padding hear each other."""

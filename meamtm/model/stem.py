@@ -92,10 +92,8 @@ class ShiftedPatchStem(_Patches):
         self.norm = nn.LayerNorm(num_cells)
         self.proj = nn.Linear(num_cells, embed_dim)
 
-    def forward(self, image: Image, num_frames: Lengths | None = None) -> Grid:
-        """Gives the grid of patches, channels last; around the spectrogram all is 0, its mean."""
-        if num_frames is not None:
-            image = image * _within(num_frames, image)
+    def forward(self, image: Image, num_frames: Lengths | None = None) -> Grid:  # noqa: ARG002
+        """Gives the grid of patches, channels last; around a clip all is 0, its mean, as padding is."""
         image = self._long_enough(image)
         bands, frames = image.shape[2:]
         above, before = self.patch_size[0] // 2, self.patch_size[1] // 2

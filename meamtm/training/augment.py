@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int16, Shaped
 from torch import Tensor
 
-from meamtm.config import AugmentConfig, MixConfig
+from meamtm.config import AugmentConfig, MelConfig, MixConfig
 from meamtm.data.audio import FULL_SCALE
 
 Samples = Int16[Tensor, "batch time"] | Float[Tensor, "batch time"]
@@ -29,7 +29,7 @@ def augment_waveform(samples: Samples, config: AugmentConfig, generator: torch.G
 
 
 def mix(
-    waveform: Waveform, target: Target, config: MixConfig, rate_hz: int, generator: torch.Generator
+    waveform: Waveform, target: Target, config: MixConfig, mel: MelConfig, generator: torch.Generator
 ) -> tuple[Waveform, Target]:
     """Puts another clip of the batch into each, and into its target the other's, in shares that sum to 1."""
     if config.kind == "none" or len(waveform) < 2 or _uniform(1, 0, 1, generator).item() >= config.prob:
@@ -43,7 +43,7 @@ def mix(
     if config.kind == "timemix":
         return _replace_part(waveform, waveform.roll(shift, 0), share, generator), mixed_target
     if config.kind == "freqmix":
-        return _replace_band(waveform, waveform.roll(shift, 0), share, rate_hz, generator), mixed_target
+        return _replace_band(waveform, waveform.roll(shift, 0), share, mel, generator), mixed_target
     mixed = waveform * weight[:, None]
     mixed[shift:].addcmul_(waveform[:-shift], other_weight[shift:, None])  # in two parts, for want of a rolled copy
     mixed[:shift].addcmul_(waveform[-shift:], other_weight[:shift, None])
@@ -149,13 +149,14 @@ def _replace_part(waveform: Waveform, other: Waveform, share: Tensor, generator:
 
 
 def _replace_band(
-    waveform: Waveform, other: Waveform, share: Tensor, rate_hz: int, generator: torch.Generator
+    waveform: Waveform, other: Waveform, share: Tensor, mel: MelConfig, generator: torch.Generator
 ) -> Waveform:
-    """Keeps `share` of each clip's frequencies, on the mel scale (HTK's), and plays the other clip's in the band that
-    is left."""
+    """Keeps `share` of the frequencies that the spectrogram has of each clip, on HTK's mel scale, and plays the other
+    clip's in the band that is left."""
     spectrum, other_spectrum = torch.fft.rfft(waveform), torch.fft.rfft(other)
-    frequency_hz = torch.arange(spectrum.shape[1]) * rate_hz / waveform.shape[1]
-    place = torch.log1p(frequency_hz / 700) / math.log1p(rate_hz / 2 / 700)
+    frequency_hz = torch.arange(spectrum.shape[1]) * mel.sample_rate_hz / waveform.shape[1]
+    lowest, highest = math.log1p(mel.fmin_hz / 700), math.log1p(mel.top_hz / 700)
+    place = (torch.log1p(frequency_hz / 700) - lowest) / (highest - lowest)
     spectrum = torch.where(_gap(place, share, generator).to(waveform.device), other_spectrum, spectrum)
     return torch.fft.irfft(spectrum, waveform.shape[1])
 

@@ -19,18 +19,18 @@ def clip_losses(
     return F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
 
 
-def distance_to_teacher(
+def distillation_losses(
     logits: Float[Tensor, "batch label"],
-    teacher: Float[Tensor, "batch label"],
+    teacher_logits: Float[Tensor, "batch label"],
     *,
     multi_label: bool,
     temperature: float,
 ) -> Float[Tensor, " batch"]:
     """Gives the Kullback-Leibler divergence of answers from a teacher's, nats, summed over labels where clips have
     several; at any temperature gradients keep their size (Hinton 2015, section 2.1)."""
-    logits, teacher = logits / temperature, teacher / temperature
+    both = (logits / temperature, teacher_logits / temperature)
     if multi_label:
-        ours, theirs = (torch.stack((F.logsigmoid(each), F.logsigmoid(-each)), 2) for each in (logits, teacher))
+        ours, theirs = (torch.stack((F.logsigmoid(each), F.logsigmoid(-each)), 2) for each in both)
     else:
-        ours, theirs = logits.log_softmax(1), teacher.log_softmax(1)
+        ours, theirs = (each.log_softmax(1) for each in both)
     return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).flatten(1).sum(1)

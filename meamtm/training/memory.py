@@ -49,12 +49,11 @@ def peak_training_bytes(
         for model in models:
             _bring_to_cpu(model)
         with _Count(models) as count:
-            image = _image(config, config.clip_samples, num_at_once)
             with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16(config, device), cache_enabled=False):
-                logits = encoder(image)
                 if teacher is not None and teaching is not None:
                     with torch.no_grad():
                         teaching(_image(teacher, config.clip_samples, num_at_once))
+                logits = encoder(_image(config, config.clip_samples, num_at_once))
             logits.float().logsumexp(1).sum().backward()
     weight_bytes = _weight_bytes(encoder)
     teacher_bytes = 0 if teaching is None else _weight_bytes(teaching)

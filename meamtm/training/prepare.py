@@ -28,6 +28,8 @@ class TrainingBatch:
     num_global: int
     seed: int
     """Of all that is random in the step itself."""
+    teacher_logits: Float[Tensor, "batch label"] | None = None
+    """What another model says of the clips, where one teaches."""
 
 
 def training_loader(
@@ -73,7 +75,7 @@ def prepare(batch: Batch, config: RunConfig, device: torch.device, seed: int, *,
     target = torch.from_numpy(batch.target).to(device)
     waveform = augment_waveform(samples, config.augment, generator)
     if mixed:
-        waveform, target = mix(waveform, target, config.mix, config.mel.sample_rate_hz, generator)
+        waveform, target = mix(waveform, target, config.mix, config.mel, generator)
     size = (len(waveform), config.mel.num_bands, config.num_frames)
     mask = spectrogram_mask(size, config.augment, generator)
     return TrainingBatch(waveform, target, None if mask is None else mask.to(device), batch.num_global, seed)

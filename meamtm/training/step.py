@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,10 +18,11 @@ from torch.optim import Optimizer
 from meamtm.config import RunConfig, override
 from meamtm.model.precision import autocast, is_bf16
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.loss import clip_losses, distance_to_teacher
+from meamtm.training.loss import clip_losses, distillation_losses
 from meamtm.training.optim import make_optimizer, set_lr
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.sam import worst_nearby
+from meamtm.training.teacher import Teacher
 
 
 class Average(ModelEmaV3):
@@ -66,7 +68,7 @@ class Learner:
     world_size: int
     multi_label: bool
     steps_per_epoch: int
-    teacher: AudioTransformer | None = None
+    teacher: Teacher | None = None
     epoch: int = 0
     batch: int = 0
     losses: list[Tensor] = field(default_factory=list)
@@ -94,7 +96,7 @@ def make_learner(
     multi_label: bool,
     rank: int = 0,
     world_size: int = 1,
-    teacher: AudioTransformer | None = None,
+    teacher: Teacher | None = None,
 ) -> Learner:
     """Puts a new model on its device, with optimizer, averaged copy and, for several ranks, gradient averaging."""
     model = model.to(device)
@@ -166,20 +168,20 @@ def _keep_buffers() -> dict[str, Any]:
 
 def train_step(learner: Learner, batch: TrainingBatch) -> None:
     """Moves the weights by one batch."""
-    loss = _gradients(learner, batch)
+    parts = [_taught(learner, part) for part in _parts(learner, batch)]
+    loss = _gradients(learner, parts)
     if learner.config.optim.sam_rho > 0:
         with worst_nearby(learner.model, learner.config.optim.sam_rho):
-            _gradients(learner, batch)
+            _gradients(learner, parts)
     _update(learner)
     learner.losses.append(loss)
 
 
-def _gradients(learner: Learner, batch: TrainingBatch) -> Tensor:
+def _gradients(learner: Learner, parts: Sequence[TrainingBatch]) -> Tensor:
     """Computes the gradients of one batch, and returns the sum of this rank's losses."""
-    _seed(batch.seed, batch.waveform.device)
-    least_clips = batch.num_global // learner.world_size  # of a rank; all must take as many parts
-    *earlier, last = _parts(batch, min(learner.config.train.accumulation_steps, least_clips))
-    loss = torch.zeros((), device=batch.waveform.device)
+    *earlier, last = parts
+    _seed(last.seed, last.waveform.device)
+    loss = torch.zeros((), device=last.waveform.device)
     parallel = learner.parallel
     for part in earlier:  # their gradients add up; ranks meet at the last part's
         with parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext():
@@ -187,11 +189,21 @@ def _gradients(learner: Learner, batch: TrainingBatch) -> Tensor:
     return loss + _forward_and_back(learner, last)
 
 
-def _parts(batch: TrainingBatch, count: int) -> list[TrainingBatch]:
-    """Cuts a batch into parts that differ in size by one clip at most."""
+def _parts(learner: Learner, batch: TrainingBatch) -> list[TrainingBatch]:
+    """Cuts a batch into `train.accumulation_steps` parts that differ in size by one clip at most."""
+    least_clips = batch.num_global // learner.world_size  # of a rank; all must take as many parts
+    count = min(learner.config.train.accumulation_steps, least_clips)
     masks = [None] * count if batch.mask is None else batch.mask.tensor_split(count)
     pieces = zip(batch.waveform.tensor_split(count), batch.target.tensor_split(count), masks, strict=True)
     return [replace(batch, waveform=waveform, target=target, mask=mask) for waveform, target, mask in pieces]
+
+
+def _taught(learner: Learner, part: TrainingBatch) -> TrainingBatch:
+    """Asks the teacher, if there is one, about the clips as they are mixed, with nothing masked."""
+    if learner.teacher is None:
+        return part
+    with torch.no_grad(), autocast(learner.config, part.waveform.device):
+        return replace(part, teacher_logits=learner.teacher.model(part.waveform).float())
 
 
 def _forward_and_back(learner: Learner, part: TrainingBatch) -> Tensor:
@@ -199,22 +211,15 @@ def _forward_and_back(learner: Learner, part: TrainingBatch) -> Tensor:
     config = learner.config
     with autocast(config, part.waveform.device):
         logits = learner.parallel(part.waveform, part.mask)
-    smoothing = config.loss.label_smoothing
-    losses = clip_losses(logits.float(), part.target, multi_label=learner.multi_label, smoothing=smoothing)
-    if learner.teacher is not None:
-        losses = losses.lerp(_distances(learner, learner.teacher, part, logits.float()), config.distill.weight)
+    logits, multi_label = logits.float(), learner.multi_label
+    smoothing, temperature = config.loss.label_smoothing, config.distill.temperature
+    losses = clip_losses(logits, part.target, multi_label=multi_label, smoothing=smoothing)
+    if (teacher := part.teacher_logits) is not None:
+        distances = distillation_losses(logits, teacher, multi_label=multi_label, temperature=temperature)
+        losses = losses.lerp(distances, config.distill.weight)
     loss = losses.sum() * learner.world_size / part.num_global  # ranks average gradients, clips count alike
     loss.backward()
     return losses.detach().sum()
-
-
-def _distances(learner: Learner, teacher: AudioTransformer, part: TrainingBatch, logits: Tensor) -> Tensor:
-    """Tells how far each answer is from what the teacher says of the same clip, mixed as it is, with nothing masked."""
-    config = learner.config
-    with torch.no_grad(), autocast(config, part.waveform.device):
-        answers = teacher(part.waveform)
-    temperature = config.distill.temperature
-    return distance_to_teacher(logits, answers.float(), multi_label=learner.multi_label, temperature=temperature)
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -1,51 +1,64 @@
-"""A trained run -> a teacher: a model that another one learns from, beside the labels (distillation, Hinton 2015).
+"""A trained run -> a teacher: a model from which another one learns beside the labels (distillation, Hinton 2015).
 
-It has heard the same training clips and no others, so that what it knows of a held-out clip it knows from hearing
-like ones."""
+It has heard the training clips of its pupil and no others, so what it says of held-out clips was never told to it."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 
 from meamtm.config import RunConfig, flatten, load, run_name
-from meamtm.data.packed import read_card
-from meamtm.errors import CheckpointError, ConfigError
+from meamtm.data.cache import open_clips
+from meamtm.data.clips import Clips
+from meamtm.data.split import split_clips
+from meamtm.errors import ConfigError, MeamtmError
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.checkpoint import Labels, check_origin, load_model, newest, read_record
+from meamtm.training.checkpoint import Labels, load_model, newest, read_labels, read_record
 
-SAME = ("data.test_fold", "data.valid_fold", "mel.sample_rate_hz")
-"""Keys in which a teacher's run equals its pupil's."""
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that changes no more, and which one it is."""
+
+    model: AudioTransformer
+    checkpoint: str
+    digest: str
+    """SHA-256 of its weights."""
 
 
 def find_teacher(config: RunConfig) -> Path | None:
     """Names the finished checkpoint that `distill.teacher` means for this run; None where nobody teaches.
 
-    Of several runs with the same folds the one with the run's own seed teaches. Raises ConfigError where there is none,
-    CheckpointError where it was taught by other data.
+    Of several that can teach it the one with the run's own seed does. Raises ConfigError where there is not one.
     """
     if config.distill.teacher == "none":
         return None
-    pattern, wanted = Path(config.distill.teacher), {key: flatten(config)[key] for key in SAME}
-    runs = {folder: load(folder / "config.yaml") for folder in _runs(pattern) if folder.name != run_name(config)}
-    alike = {folder: run for folder, run in runs.items() if wanted.items() <= flatten(run).items()}
-    same_seed = [folder for folder, run in alike.items() if run.train.seed == config.train.seed]
-    chosen = same_seed or list(alike)
-    if len(chosen) != 1:
-        what = f"{len(chosen)} of {len(runs)} runs there have" if runs else "no run is there that has"
-        remedy = f"name one of them: {', '.join(map(str, chosen[:3]))}" if chosen else "train it first"
-        told = " ".join(f"{key}={json.dumps(value)}" for key, value in wanted.items())
-        raise ConfigError(f"distill.teacher={pattern}: {what} {told}; {remedy}")
-    folder = chosen[0]
-    found = newest(folder, to_train=False)
-    if found is None or read_record(found, to_train=False)["epoch"] < alike[folder].train.epochs:
-        raise ConfigError(f"distill.teacher={folder} is not trained to its end; finish it first")
-    card = read_card(config.data.path)
-    try:
-        check_origin(found, Labels(card.classes, card.multi_label, card.digest), config.data.path)
-    except CheckpointError as error:
-        raise CheckpointError(f"distill.teacher={folder}: {error}") from error
-    return found
+    place = Path(config.distill.teacher)
+    folders = sorted(place.parent.glob(place.name)) if place.name else []
+    clips = open_clips(config.data, config.mel.sample_rate_hz)
+    heard = split_clips(clips, config.data).train
+    able: dict[Path, int] = {}
+    problems: list[str] = []
+    for folder in folders:
+        try:
+            checkpoint, teacher = _able(folder, config, clips, heard, is_named=folder == place)
+            able[checkpoint] = teacher.train.seed
+        except MeamtmError as error:
+            problems.append(f"{folder.name} {error}")
+    chosen = [path for path, seed in able.items() if seed == config.train.seed] or list(able)
+    if len(chosen) == 1:
+        return chosen[0]
+    if chosen:
+        names = ", ".join(path.parent.name for path in chosen)
+        raise ConfigError(f"distill.teacher={place}: {names} can each teach this run; name one of them")
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    why = f" ({'; '.join(problems[:SHOWN])}{more})" if problems else ""
+    folds = " ".join(f"{key}={flatten(config)[key] or 'null'}" for key in ("data.test_fold", "data.valid_fold"))
+    raise ConfigError(f"distill.teacher={place}: no run there can teach this one{why}; train one with {folds} first")
 
 
 def teacher_config(config: RunConfig) -> RunConfig | None:
@@ -54,12 +67,36 @@ def teacher_config(config: RunConfig) -> RunConfig | None:
     return None if found is None else load(found / "config.yaml")
 
 
-def load_teacher(config: RunConfig, device: torch.device) -> AudioTransformer | None:
-    """Reads the model that teaches this run, which changes no more."""
+def load_teacher(config: RunConfig, device: torch.device) -> Teacher | None:
+    """Reads the model that teaches this run; None where nobody does."""
     found = find_teacher(config)
-    return None if found is None else load_model(found).model.requires_grad_(False).to(device)
+    if found is None:
+        return None
+    digest = read_record(found, to_train=False)["files"]["model.safetensors"]
+    return Teacher(load_model(found).model.requires_grad_(False).to(device), str(found), digest)
 
 
-def _runs(pattern: Path) -> list[Path]:
-    """Run folders of that name; its last part may hold wildcards."""
-    return [folder for folder in sorted(pattern.parent.glob(pattern.name)) if (folder / "config.yaml").exists()]
+def _able(
+    folder: Path, config: RunConfig, clips: Clips, heard: Int64[np.ndarray, " train"], *, is_named: bool
+) -> tuple[Path, RunConfig]:
+    """Gives a run's newest checkpoint and its config; raises where it cannot teach, with the reason.
+
+    Pupils and results of a cross-validation match a pattern too, since they have the name of their config."""
+    checkpoint = folder if (folder / "metrics.json").exists() else newest(folder, to_train=False)
+    if checkpoint is None:
+        raise ConfigError("has no checkpoint")
+    teacher = load(checkpoint / "config.yaml")
+    if folder.name == run_name(config):
+        raise ConfigError("is this run itself")
+    if teacher.distill.teacher != "none" and not is_named:
+        raise ConfigError("was taught itself, and is not named")
+    if teacher.mel.sample_rate_hz != config.mel.sample_rate_hz:
+        raise ConfigError(f"has mel.sample_rate_hz={teacher.mel.sample_rate_hz}, not {config.mel.sample_rate_hz}")
+    if read_labels(checkpoint) != Labels(clips.classes, clips.multi_label, clips.digest):
+        raise ConfigError(f"was trained on other data than {config.data.path}")
+    if not np.array_equal(split_clips(clips, teacher.data).train, heard):
+        folds = f"data.test_fold={teacher.data.test_fold} data.valid_fold={teacher.data.valid_fold}"
+        raise ConfigError(f"was trained on other clips ({folds})")
+    if read_record(checkpoint, to_train=False)["epoch"] < teacher.train.epochs:
+        raise ConfigError("is not trained to its end")
+    return checkpoint, teacher

@@ -16,7 +16,7 @@ from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
 from meamtm.data.split import Split, split_clips
-from meamtm.errors import MeamtmError
+from meamtm.errors import CheckpointError, MeamtmError
 from meamtm.model.pretrained import borrow
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import Labels, check_origin, load_state, load_weights, read_record, save
@@ -104,6 +104,9 @@ def _start(config: RunConfig, context: Context, clips: Clips, split: Split, step
             if context.rank == 0:
                 logger.info("%s", borrowed)
                 _warn_of_scratch(config.optim)
+    teacher = load_teacher(config, context.device)
+    if teacher is not None and context.rank == 0:
+        logger.info("taught by %s", teacher.checkpoint)
     return make_learner(
         config,
         model,
@@ -112,7 +115,7 @@ def _start(config: RunConfig, context: Context, clips: Clips, split: Split, step
         multi_label=clips.multi_label,
         rank=context.rank,
         world_size=context.world_size,
-        teacher=load_teacher(config, context.device),
+        teacher=teacher,
     )
 
 
@@ -150,8 +153,18 @@ def _resume(learner: Learner, context: Context, labels: Labels) -> dict[str, flo
     learner.losses = [loss * (context.rank == 0) for loss in losses]  # of all ranks, so one has them
     if "best" in state:
         learner.best = Best(**state["best"], weights=load_weights(folder, context.device))
+    _check_teacher(folder, learner, state.get("teacher"))
     logger.info("continuing %s after epoch %d", signature(learner.config), learner.epoch)
     return dict(record["metrics"])
+
+
+def _check_teacher(folder: Path, learner: Learner, known: Mapping[str, str] | None) -> None:
+    """Raises CheckpointError if another teacher than now has taught a run so far."""
+    if known is not None and learner.teacher is not None and known["digest"] != learner.teacher.digest:
+        raise CheckpointError(
+            f"{folder} was taught by {known['checkpoint']}, and distill.teacher={learner.config.distill.teacher} is "
+            f"now {learner.teacher.checkpoint}, which has other weights; name the one before, or set another name"
+        )
 
 
 def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Path:
@@ -161,6 +174,8 @@ def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Pat
         "ema": learner.ema.module.state_dict() if learner.ema is not None else {},
         "losses": learner.losses,
     }
+    if learner.teacher is not None:
+        state["teacher"] = {"checkpoint": learner.teacher.checkpoint, "digest": learner.teacher.digest}
     if learner.best is not None:
         state["best"] = {"epoch": learner.best.epoch, "value": learner.best.value}
     cursor = (learner.epoch, learner.batch)
