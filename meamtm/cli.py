@@ -121,8 +121,6 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
     resolved = load(config, parse_changes(changes or []))  # before torch is loaded: a mistake shows at once
     from meamtm.model.cost import cost
     from meamtm.training.memory import checkpoint_bytes, peak_training_bytes
-    from meamtm.training.run import absolute
-    from meamtm.training.teacher import teacher_config
 
     print_settings(resolved)
     num_labels = _num_labels(resolved)
@@ -131,7 +129,7 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
         f"{price.num_params:,} parameters, {price.num_tokens} tokens, "
         f"{price.num_macs / 1e6:,.0f} million MACs per clip, checkpoint {checkpoint_mb:,.1f} MB"
     )
-    peak_mb = peak_training_bytes(resolved, num_labels, teacher=teacher_config(absolute(resolved))) / 1e6
+    peak_mb = peak_training_bytes(resolved, num_labels, teacher=_teacher(resolved)) / 1e6
     typer.echo(f"training allocates {peak_mb:,.0f} MB at its peak, in each process, beside Python and its libraries")
 
 
@@ -280,6 +278,18 @@ def _num_labels(config: "RunConfig") -> int:
     except MeamtmError as error:
         typer.echo(f"{error}\nthe cost is given for 10 classes", err=True)
         return 10
+
+
+def _teacher(config: "RunConfig") -> "RunConfig | None":
+    """Gives what the run's teacher is, if it has one and that is there."""
+    from meamtm.training.run import absolute
+    from meamtm.training.teacher import teacher_config
+
+    try:
+        return teacher_config(absolute(config)) if config.distill.teacher != "none" else None
+    except MeamtmError as error:
+        typer.echo(f"{error}\nmemory is given without a teacher", err=True)
+        return None
 
 
 if __name__ == "__main__":

@@ -110,6 +110,23 @@ def test_show_prints_every_key_with_its_value_and_the_cost(world: World, monkeyp
     assert re.fullmatch(r"training allocates \d MB at its peak, in each process, .*", memory)
 
 
+def test_show_counts_the_teacher_where_there_is_one(world: World) -> None:
+    def peak_mb(teacher: str) -> float:
+        found = re.search(
+            r"allocates ([\d,.]+) MB", meamtm_command("show", "run.yaml", f"distill.teacher={teacher}").out
+        )
+        assert found is not None
+        return float(found[1])
+
+    large = {"name": "large", "encoder.heads": 16, "encoder.head_dim": 64, "encoder.depth": 8, "train.epochs": 1}
+    meamtm_command("train", "run.yaml", *(f"{key}={value}" for key, value in large.items()))
+    assert peak_mb("runs/large-*") > peak_mb("none") + 100
+    alone = meamtm_command("show", "run.yaml", "distill.teacher=runs/nobody")
+    assert (alone.code, peak_mb("runs/nobody")) == (0, peak_mb("none"))
+    assert "runs/nobody: no run there can teach this one" in alone.err
+    assert alone.err.endswith("memory is given without a teacher\n")
+
+
 def test_show_needs_no_data(world: World) -> None:
     shown = meamtm_command("show", "run.yaml", "data.path=elsewhere")
     assert shown.code == 0
