@@ -34,7 +34,7 @@ from meamtm.training.checkpoint import newest, taught_by
 from meamtm.training.evaluate import Evaluation
 from meamtm.training.lock import held
 from meamtm.training.predictions import PREDICTIONS, Prediction, gather_predictions, read_predictions, write_predictions
-from meamtm.training.run import Outcome, absolute, run_folder, tags
+from meamtm.training.run import Outcome, absolute, is_tested, run_folder, tags
 from meamtm.training.teacher import find_teacher
 
 SUMMARY = "crossval.json"
@@ -138,7 +138,7 @@ def evaluate_runs(
                 _tell_mlflow(config, done)
         return done
     for run in runs.values():  # one that has no teacher is told now, not after the others have trained
-        if not (run_folder(run) / "test" / "metrics.json").exists():
+        if not is_tested(run):
             find_teacher(run)
     with held(folder):
         outcomes = run_all(list(runs.values()), heard, should_stop)

@@ -123,8 +123,7 @@ def finished(config: RunConfig) -> Outcome | None:
     card = read_card(config.data.path)
     check_origin(checkpoint, Labels(card.classes, card.multi_label, card.digest), config.data.path)
     record = read_record(checkpoint)
-    is_tested = not _holds_out(config) or (folder / "test" / "metrics.json").exists()
-    if record["epoch"] < config.train.epochs or not is_tested:
+    if record["epoch"] < config.train.epochs or (_holds_out(config) and not is_tested(config)):
         return None
     evaluation = evaluate(checkpoint, here=config) if _holds_out(config) else None
     return Outcome(folder, checkpoint, record["metrics"], evaluation, was_done=True)
@@ -247,6 +246,11 @@ def absolute(config: RunConfig) -> RunConfig:
 def run_folder(config: RunConfig) -> Path:
     """Names the folder of everything that a run writes."""
     return Path(config.runs_dir) / run_name(config)
+
+
+def is_tested(config: RunConfig) -> bool:
+    """Tells whether a run's test is on record; its metrics are written last."""
+    return (run_folder(config) / "test" / "metrics.json").exists()
 
 
 def _holds_out(config: RunConfig) -> bool:
