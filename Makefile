@@ -18,7 +18,10 @@ quickstart: $(STAMP)  ## tune, train and test on the built-in sounds
 	@$(BIN)/python -m tune configs/tune/quickstart.yaml
 
 test: $(STAMP)  ## every test, real Ray and MLflow included
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@code=0; \
+	$(BIN)/python -m pytest -m alone || code=1; \
+	$(BIN)/python -m pytest -m "not alone and not soak" -n 2 --dist loadfile --no-loadscope-reorder || code=1; \
+	exit $$code
 
 soak: $(STAMP)  ## a run, a study and a report killed at sixty-five random moments, and models compiled as users do
 	@$(BIN)/python -m pytest -m soak

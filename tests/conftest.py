@@ -16,6 +16,7 @@ from meamtm.data.synth import write_synth
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and rich would not look again
+os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 they get nothing while tests beside them compute
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that tests in the background has it ignored by all
 torch.set_num_threads(1)
 settings.register_profile("meamtm", deadline=None)  # a busy machine is no failure

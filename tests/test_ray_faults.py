@@ -32,6 +32,7 @@ from tune.history import open_study
 from tune.plan import load_plan
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.ray,
     pytest.mark.timeout(400),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -297,6 +297,28 @@ def test_full_batch_does_not_wait() -> None:
     assert sum(arrived) == 9
 
 
+@pytest.mark.parametrize("failures", [1, 3])
+def test_an_absence_is_told_once_and_a_single_attempt_that_fails_is_none(
+    failures: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = iter(range(failures))
+
+    def receive(points: Sequence[Point]) -> None:
+        if next(left, None) is not None:
+            raise AwayError("connection aborted")
+
+    with caplog.at_level("INFO", logger="meamtm"):
+        mailbox = Mailbox(receive, lambda error: isinstance(error, AwayError), str, name="it", pause_s=0.01, gather_s=0)
+        for step in range(3):
+            mailbox.put(Point("x", 0.0, 0, step))
+        assert mailbox.close(20.0) == []
+    told = [record.levelname for record in caplog.records]
+    assert told == ([] if failures == 1 else ["WARNING", "INFO"])
+    if failures > 1:
+        assert "it does not answer (connection aborted); the run goes on" in caplog.text
+        assert "it answers again after 0 s" in caplog.text
+
+
 def test_closing_a_mailbox_waits_no_longer_than_it_was_told() -> None:
     def receive(points: Sequence[Point]) -> None:
         raise AwayError

@@ -60,7 +60,8 @@ class Mailbox:
         self._waiting: deque[Point | Call] = deque()
         self._changed = threading.Condition()
         self._singly = 0  # so many items go one by one, after a batch of them was refused
-        self._away_since_s: float | None = None
+        self._failures = 0  # attempts in a row
+        self._away_since_s = 0.0
         self._next_pause_s = pause_s
         self._closing = False
         self._abandoned = threading.Event()
@@ -117,9 +118,13 @@ class Mailbox:
             self._send([item for item in head if isinstance(item, Point)])
 
     def _pause(self, error: Exception) -> None:
-        """Waits before the next attempt, longer each time; warns once for each time that the service is away."""
-        if self._away_since_s is None:
+        """Waits before the next attempt, longer each time; warns once for each time that the service is away.
+
+        One attempt alone says nothing: a server closes connections that are idle, at times just as one is used."""
+        self._failures += 1
+        if self._failures == 1:
             self._away_since_s = time.monotonic()
+        elif self._failures == 2:
             text = "%s does not answer (%s); the run goes on, and what it logs is kept and sent later"
             logger.warning(text, self._name, self._explain(error))
         self._abandoned.wait(self._next_pause_s)
@@ -134,9 +139,9 @@ class Mailbox:
 
     def _done(self, head: Sequence[Point | Call]) -> None:
         """Forgets what was delivered or refused; either way the service answered."""
-        if self._away_since_s is not None:
+        if self._failures > 1:
             logger.info("%s answers again after %.0f s", self._name, time.monotonic() - self._away_since_s)
-        self._away_since_s, self._next_pause_s = None, self._pause_s
+        self._failures, self._next_pause_s = 0, self._pause_s
         self._singly = max(0, self._singly - 1)
         with self._changed:
             for _ in head:
