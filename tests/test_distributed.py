@@ -13,7 +13,7 @@ from tiny import PLAIN, Record, local, tiny
 
 from meamtm.distributed import run
 from meamtm.distributed.cluster import check_answers, is_of_this_machine
-from meamtm.errors import ConfigError
+from meamtm.errors import ConfigError, MeamtmError, ServiceError
 from meamtm.training.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -43,10 +43,19 @@ def test_two_workers_give_the_losses_of_a_plain_run(packed: Path, cache_dir: Pat
     assert outcome.evaluation is not None
 
 
-def test_a_mistake_on_a_worker_is_told_as_it_is(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_a_mistake_that_shows_before_workers_start_is_told_as_it_is(
+    packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
     config = tiny(packed, cache_dir, tmp_path, {**WORKERS, "train.batch_size": 1, "scale.max_failures": 0})
     with pytest.raises(ConfigError, match=r"train.batch_size=1 makes batches of 1 clips, fewer than scale.workers=2"):
         run(config)
+
+
+def test_a_mistake_that_shows_on_a_worker_is_told_as_it_is(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    changes = {"optim.name": "sgd", "optim.lr": 10.0, "optim.weight_decay": 1.0, "optim.clip_grad": 0}
+    changes |= {**WORKERS, "scale.workers": 1, "scale.max_failures": 0, "train.batch_size": 5, "encoder.depth": 8}
+    with pytest.raises(MeamtmError, match=r"^train/loss is (nan|inf) at step \d+ of epoch \d; lower optim\.lr \(10\)"):
+        run(tiny(packed, cache_dir, tmp_path, changes))
 
 
 def test_more_workers_than_the_cluster_has_are_refused(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
@@ -63,7 +72,7 @@ from ray.cluster_utils import Cluster
 from meamtm.config import RunConfig, ScaleConfig, from_flat
 from meamtm.distributed import check_resources, connect, disconnect, make_trainer, needs, room_for
 from meamtm.distributed.side_by_side import _share
-from meamtm.errors import ConfigError
+from meamtm.errors import ConfigError, MeamtmError
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
 cluster.add_node(num_cpus=3, num_gpus=1)
 cluster.add_node(num_cpus=1, num_gpus=2)
@@ -106,9 +115,8 @@ def test_what_no_node_has_room_for_is_refused_even_if_all_of_them_together_have(
 
 
 def test_an_address_that_does_not_answer_is_named() -> None:
-    code = "from meamtm.distributed import connect; connect('127.0.0.1:9')"
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
-    assert "ServiceError: scale.address=127.0.0.1:9: no Ray cluster answers there" in done.stderr
+    with pytest.raises(ServiceError, match=r"^scale\.address=127\.0\.0\.1:9: no Ray cluster answers there"):
+        check_answers("127.0.0.1:9")
 
 
 def test_a_dashboards_address_is_no_clusters() -> None:
@@ -116,32 +124,55 @@ def test_a_dashboards_address_is_no_clusters() -> None:
         check_answers("http://127.0.0.1:8265")
 
 
-ANOTHER_CLUSTER = """
-import ray
+OUR_CLUSTER = """
+import os, signal
+import psutil, ray
 from ray.cluster_utils import Cluster
 from meamtm.distributed import connect, connected_for_now
+me = psutil.Process()
 somebodys = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+theirs = me.children(recursive=True)
+signal.signal(signal.SIGTERM, lambda *_: print("hears SIGTERM", flush=True))
 with connected_for_now():
     connect(None)
     with connected_for_now():
         connect(None)
     print("still", ray.is_initialized())
-    print(somebodys.address, ray.get_runtime_context().gcs_address)
+    print("clusters", somebodys.address, ray.get_runtime_context().gcs_address)
+    theirs += [below for each in theirs for below in each.children(recursive=True)]
+    for process in {me, *me.children(recursive=True)} - {*theirs}:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                print("listens", connection.laddr.ip)
+    os.kill(os.getpid(), signal.SIGTERM)
 print("now", ray.is_initialized())
+os.kill(os.getpid(), signal.SIGTERM)
 somebodys.shutdown()
 """
 
 
-def test_a_run_without_an_address_does_not_join_what_somebody_has_started_here() -> None:
+@pytest.fixture(scope="module")
+def beside_another() -> list[str]:
+    """What a process of its own says of a cluster of ours, beside one that somebody has started here."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", OUR_CLUSTER]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_a_run_without_an_address_does_not_join_what_somebody_has_started_here(beside_another: list[str]) -> None:
     """Ray would, and wait for a minute when they stop it. A study's last run leaves its cluster: the next may need one
     of its own, with a dashboard."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", ANOTHER_CLUSTER]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    still, addresses, now = done.stdout.splitlines()[-3:]
-    assert (still, now) == ("still True", "now False")
-    somebodys, ours = addresses.split()
+    assert {"still True", "now False"} <= {*beside_another}
+    (addresses,) = (line for line in beside_another if line.startswith("clusters "))
+    _, somebodys, ours = addresses.split()
     assert somebodys != ours
+
+
+def test_a_cluster_of_ours_listens_to_this_machine_alone_and_leaves_signals_to_us(beside_another: list[str]) -> None:
+    addresses = [line.split()[1] for line in beside_another if line.startswith("listens")]
+    assert len(addresses) > 5
+    assert all(ip_address(address.removeprefix("::ffff:")).is_loopback for address in addresses), addresses
+    assert beside_another.count("hears SIGTERM") == 2
 
 
 SOMEBODYS = """
@@ -196,32 +227,3 @@ def test_a_cluster_on_this_machine_is_sent_the_token_that_it_asks_for(tmp_path: 
 def test_the_token_is_sent_to_this_machine_alone() -> None:
     assert all(is_of_this_machine(host) for host in ("localhost", "127.0.0.1", "::1"))
     assert not any(is_of_this_machine(host) for host in ("198.51.100.7", "no-such-host.invalid", ""))
-
-
-OUR_CLUSTER = """
-import os, signal
-import psutil
-from meamtm.distributed import connect, disconnect
-signal.signal(signal.SIGTERM, lambda *_: print("hears SIGTERM", flush=True))
-connect(None)
-me = psutil.Process()
-for process in (me, *me.children(recursive=True)):
-    for connection in process.net_connections("inet"):
-        if connection.status == psutil.CONN_LISTEN:
-            print("listens", connection.laddr.ip)
-os.kill(os.getpid(), signal.SIGTERM)
-disconnect()
-os.kill(os.getpid(), signal.SIGTERM)
-"""
-
-
-@pytest.mark.ray
-def test_a_cluster_of_ours_listens_to_this_machine_alone_and_leaves_signals_to_us() -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", OUR_CLUSTER], env=environment, capture_output=True, text=True, check=True
-    )
-    addresses = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("listens")]
-    assert len(addresses) > 5
-    assert all(ip_address(address.removeprefix("::ffff:")).is_loopback for address in addresses), addresses
-    assert done.stdout.count("hears SIGTERM") == 2

@@ -5,33 +5,33 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from tiny import tiny
 
 from meamtm.config import flatten, write_yaml
+from meamtm.data.pack import pack
 from meamtm.data.packed import read_card
 from meamtm.training.checkpoint import newest, read_record
-from meamtm.training.run import run_folder
+from meamtm.training.context import Stopped
+from meamtm.training.run import run_folder, run_here
 
 pytestmark = pytest.mark.slow
 
 
-def limited(largest_bytes: int | None, *words: object) -> subprocess.CompletedProcess[str]:
+def limited(largest_bytes: int, *words: object) -> subprocess.CompletedProcess[str]:
     """Runs `meamtm` in a process whose files cannot grow beyond a size, as on a disk with no more room."""
 
     def limit() -> None:
-        if largest_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes, largest_bytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes, largest_bytes))
 
     command = [sys.executable, "-m", "meamtm.cli", *map(str, words)]
     return subprocess.run(command, check=False, capture_output=True, text=True, preexec_fn=limit, timeout=120)
 
 
 def test_packing_onto_a_full_disk_says_so_and_keeps_the_older_set(sounds: Path, tmp_path: Path) -> None:
-    assert limited(None, "pack", sounds, tmp_path / "out").returncode == 0
+    pack(sounds, tmp_path / "out")
     before = read_card(tmp_path / "out")
     manifest = tmp_path / "half.csv"
     names = sorted(path.name for path in (sounds / "audio").iterdir())[::2]
@@ -44,7 +44,7 @@ def test_packing_onto_a_full_disk_says_so_and_keeps_the_older_set(sounds: Path, 
     ), full.stderr
     assert read_card(tmp_path / "out") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half.csv", "out"], "nothing is left behind"
-    assert limited(None, "pack", sounds, tmp_path / "out", "--manifest", manifest).returncode == 0
+    pack(sounds, tmp_path / "out", manifest)
     assert read_card(tmp_path / "out").num_clips == len(names)
 
 
@@ -56,13 +56,8 @@ def test_a_checkpoint_onto_a_full_disk_says_so_and_the_run_goes_on_from_the_one_
     config = tiny(packed, cache_dir, tmp_path / "runs", {"train.epochs": 2_000})
     write_yaml(tmp_path / "run.yaml", flatten(config))
     folder = run_folder(config)
-    command = [sys.executable, "-m", "meamtm.cli", "train", str(tmp_path / "run.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:
-        deadline_s = time.monotonic() + 60
-        while newest(folder) is None:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.05)
-        first.send_signal(signal.SIGTERM)
+    with pytest.raises(Stopped):
+        run_here(config, should_stop=lambda: newest(folder) is not None)
     before = newest(folder)
     assert before is not None
     epoch = read_record(before)["epoch"]
@@ -76,6 +71,7 @@ def test_a_checkpoint_onto_a_full_disk_says_so_and_the_run_goes_on_from_the_one_
     assert "Traceback" not in full.stderr
     assert newest(folder) == before
     assert not list((tmp_path / "scratch").glob("meamtm*"))
+    command = [sys.executable, "-m", "meamtm.cli", "train", str(tmp_path / "run.yaml")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as last:
         assert last.stderr is not None
         assert any(line.startswith(f"epoch {epoch + 1} ") for line in last.stderr)

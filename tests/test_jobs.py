@@ -526,6 +526,7 @@ def head() -> Iterator[Head]:
         address = f"http://127.0.0.1:{free_port()}"
         env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
         env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{name}/token", "OMP_NUM_THREADS": "1"}
+        env |= {"RAY_worker_niceness": "0"}  # as in tests/conftest.py
         env |= {"RAY_API_SERVER_ADDRESS": address, "MLFLOW_TRACKING_URI": f"sqlite:///{name}/mlflow.db"}
         options = {
             "node-ip-address": "127.0.0.1",

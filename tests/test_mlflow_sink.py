@@ -25,14 +25,6 @@ from meamtm.tracking import (
 from meamtm.tracking.server import connect
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store that MLflow has migrated, to be copied: migrating takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "template.db"
-    connect(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def uri(migrated: Path, tmp_path: Path) -> str:
     shutil.copyfile(migrated, tmp_path / "mlflow.db")
@@ -273,7 +265,6 @@ def log_ten_steps(uri: str, number: int, gate: Any) -> None:
 
 def test_eight_processes_may_create_and_fill_one_fresh_database_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "meamtm.tracking"])
     uri, gate = f"sqlite:///{tmp_path}/mlflow.db", context.Barrier(8)
     processes = [context.Process(target=log_ten_steps, args=(uri, number, gate)) for number in range(8)]
     for process in processes:

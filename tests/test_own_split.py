@@ -66,9 +66,15 @@ def test_without_test_clips_it_says_so_before_it_trains(sounds: Path, cache_dir:
     ids=["inner folds", "no valid clips", "no test clips", "best epoch"],
 )
 def test_a_study_that_could_not_choose_or_end_is_refused_before_it_begins(  # noqa: PLR0917
-    parts: Mapping[int, str], changes: dict[str, object], message: str, sounds: Path, cache_dir: Path, tmp_path: Path
+    parts: Mapping[int, str],
+    changes: dict[str, object],
+    message: str,
+    sounds: Path,
+    cache_dir: Path,
+    tmp_path: Path,
+    migrated: Path,
 ) -> None:
-    path = write_study(tmp_path, packed_with(parts, sounds, tmp_path), cache_dir)
+    path = write_study(tmp_path, packed_with(parts, sounds, tmp_path), cache_dir, migrated)
     settings = yaml.safe_load(path.read_text())
     settings["set"]["data.valid_fold"] = None
     path.write_text(yaml.safe_dump(settings))

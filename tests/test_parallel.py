@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,13 @@ def _rank(rank: int, port: int, flat: dict, out: str) -> None:
 
 
 def _two_ranks(config: RunConfig, out: Path) -> list[dict[str, float]]:
-    multiprocessing.spawn(_rank, args=(_free_port(), flatten(config), str(out)), nprocs=2)
+    _start(_rank, _free_port(), flatten(config), str(out))
     return torch.load(out)
+
+
+def _start(rank: Callable[..., None], *args: object) -> None:
+    """Two processes of their own, forked where all is imported (tests/conftest.py)."""
+    multiprocessing.start_processes(rank, args, nprocs=2, start_method="forkserver")
 
 
 def _free_port() -> int:
@@ -97,7 +103,7 @@ def _rank_of_its_own_kind(rank: int, port: int, flat: dict, out: str) -> None:
 def test_ranks_of_which_one_has_bf16_keep_the_same_weights(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
     changes = {"optim.name": "muon", "train.precision": "auto", "train.batch_size": 8, "encoder.drop_path": 0.0}
     flat = flatten(tiny(packed, cache_dir, tmp_path, changes))
-    multiprocessing.spawn(_rank_of_its_own_kind, args=(_free_port(), flat, str(tmp_path)), nprocs=2)
+    _start(_rank_of_its_own_kind, _free_port(), flat, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for key, weight in first.items():
         assert torch.equal(weight, second[key]), key

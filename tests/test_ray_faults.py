@@ -1,6 +1,5 @@
 """Workers, nodes and drivers are killed: the run goes on from its checkpoint, and ends as if nothing had happened."""
 
-import json
 import logging
 import os
 import signal
@@ -16,10 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-import yaml
 from ray.cluster_utils import Cluster
-from test_tune_study import command as study_command
-from test_tune_study import recorded, write_study
 from tiny import PLAIN, Record, local, tiny
 
 from meamtm.config import RunConfig, flatten, write_yaml
@@ -28,11 +24,8 @@ from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.run import Outcome, absolute, run_folder
 from meamtm.training.train import train
-from tune.history import open_study
-from tune.plan import load_plan
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.ray,
     pytest.mark.timeout(400),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -226,26 +219,3 @@ def test_a_run_on_workers_that_is_stopped_and_then_killed_is_continued_by_the_sa
     assert_is_at_work_again_within(120, folder)
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
     assert_as_if_nothing_had_happened(config, rows, tmp_path)
-
-
-def test_a_trial_whose_process_is_killed_fails_and_the_study_goes_on(
-    packed: Path, cache_dir: Path, tmp_path: Path
-) -> None:
-    """As the kernel does it to who takes too much memory."""
-    path = write_study(tmp_path, packed, cache_dir)
-    settings = yaml.safe_load(path.read_text()) | {"trials": 3, "max_concurrent": 1, "asha": {"enabled": False}}
-    settings["set"] |= {"train.epochs": 100, "scale.max_failures": 0}
-    path.write_text(yaml.safe_dump(settings))
-    study = study_command(path)
-    first = until(lambda: [holder for holder in tmp_path.glob("**/*trial-0000*/.holder.json") if holder.stat().st_size])
-    until((first[0].parent / "metrics.jsonl").exists)
-    os.kill(json.loads(first[0].read_text())["pid"], signal.SIGKILL)
-    said, _ = study.communicate(timeout=300)
-    assert study.returncode == 0, said
-    assert "failed" in said
-    plan = load_plan(path)
-    trials = open_study(plan).trials
-    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert trials[0].user_attrs["error"] == "its worker died"
-    below = {str(run.info.run_name): run.info.status for run in recorded(plan)[plan.name]}
-    assert below == {"trial-0000": "FAILED", "trial-0001": "FINISHED", "trial-0002": "FINISHED"}

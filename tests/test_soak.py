@@ -61,9 +61,9 @@ def test_a_run_that_is_killed_thirty_times_equals_an_undisturbed_one(packed: Pat
 
 
 def test_a_study_whose_driver_is_killed_twenty_five_times_has_every_trial_once(
-    packed: Path, cache_dir: Path, tmp_path: Path
+    packed: Path, cache_dir: Path, tmp_path: Path, migrated: Path
 ) -> None:
-    path = write_study(tmp_path, packed, cache_dir)
+    path = write_study(tmp_path, packed, cache_dir, migrated)
     settings = yaml.safe_load(path.read_text())
     settings |= {"trials": 24, "asha": {"enabled": False}}
     settings["set"]["train.epochs"] = 40

@@ -18,7 +18,7 @@ from tune.plan import load_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 INNER = ["data.test_fold=1", "data.valid_fold=null", "inner_folds=[2,4]"]
-SHORT = ["trials=2", "train.epochs=2", "asha.enabled=false"]
+SHORT = ["trials=2", "train.epochs=2", "asha.enabled=false", "max_concurrent=1"]
 
 
 def test_test_fold_and_inner_folds_turn_round_together(study: Path) -> None:  # noqa: F811

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +56,14 @@ def cluster():
 
 
 @pytest.fixture
-def study(tmp_path: Path, packed: Path, cache_dir: Path) -> Path:
+def study(tmp_path: Path, packed: Path, cache_dir: Path, migrated: Path) -> Path:
     """A study file of this test's own."""
-    return write_study(tmp_path, packed, cache_dir)
+    return write_study(tmp_path, packed, cache_dir, migrated)
 
 
-def write_study(folder: Path, packed: Path, cache_dir: Path) -> Path:
-    """Writes a study of four trials of four epochs, everything of which lies in one folder."""
+def write_study(folder: Path, packed: Path, cache_dir: Path, migrated: Path) -> Path:
+    """Writes a study of four trials of four epochs, everything of which lies in one folder, MLflow's store included."""
+    shutil.copyfile(migrated, folder / "mlflow.db")
     places = {
         "data.path": str(packed),
         "data.cache_dir": str(cache_dir),
@@ -143,9 +145,9 @@ def call(words: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished_study(cluster, tmp_path_factory, packed, cache_dir) -> Finished:
+def finished_study(cluster, tmp_path_factory, packed, cache_dir, migrated) -> Finished:
     """A study of two trials that was then asked for four; its tests only look."""
-    path = write_study(tmp_path_factory.mktemp("finished"), packed, cache_dir)
+    path = write_study(tmp_path_factory.mktemp("finished"), packed, cache_dir, migrated)
     lines: list[str] = []
     first = run_study(load_plan(path, ["trials=2"]), lines.append)
     plan = load_plan(path)
@@ -302,7 +304,7 @@ def test_a_study_outlives_trials_that_diverge_or_do_not_fit_into_memory(cluster,
     settings["set"] = {key: value for key, value in settings["set"].items() if key not in settings["space"]}
     settings["set"] |= {"optim.name": "sgd", "optim.weight_decay": 1.0, "optim.clip_grad": 0, "train.batch_size": 5}
     settings["set"] |= {"encoder.depth": 8}
-    study.write_text(yaml.safe_dump(settings | {"trials": 3, "asha": {"enabled": False}}))
+    study.write_text(yaml.safe_dump(settings | {"trials": 3, "max_concurrent": 1, "asha": {"enabled": False}}))
     plan = load_plan(study)
     run_study(plan, lambda _: None)
     assert [trial.state.name for trial in open_study(plan).trials] == ["FAIL", "FAIL", "COMPLETE"]
@@ -311,6 +313,33 @@ def test_a_study_outlives_trials_that_diverge_or_do_not_fit_into_memory(cluster,
     assert re.match(r"train/loss is (nan|inf) at step \d+ of epoch \d; lower optim\.lr \(10\)", reasons[0]), reasons[0]
     assert re.search(r"takes [\d,.]+ GB at training's peak, and there are", reasons[1]), reasons[1]
     assert [below[f"trial-000{number}"].info.status for number in range(3)] == ["FAILED", "FAILED", "FINISHED"]
+
+
+@pytest.mark.ray
+def test_a_trial_whose_process_is_killed_fails_and_the_study_goes_on(cluster, study, tmp_path):
+    """As the kernel does it to who takes too much memory."""
+    settings = yaml.safe_load(study.read_text()) | {"trials": 3, "max_concurrent": 1, "asha": {"enabled": False}}
+    settings["set"] |= {"train.epochs": 40, "scale.max_failures": 0}
+    study.write_text(yaml.safe_dump(settings))
+    plan, lines = load_plan(study), []
+
+    def kill_the_first() -> None:
+        deadline_s = time.monotonic() + 120
+        while not (begun := list(tmp_path.glob("**/*trial-0000*/metrics.jsonl"))):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        os.kill(json.loads((begun[0].parent / ".holder.json").read_text())["pid"], signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as beside:
+        killer = beside.submit(kill_the_first)
+        run_study(plan, lines.append)
+        killer.result()
+    assert any("failed" in line for line in lines)
+    trials = open_study(plan).trials
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[0].user_attrs["error"] == "its worker died"
+    below = {str(run.info.run_name): run.info.status for run in recorded(plan)[plan.name]}
+    assert below == {"trial-0000": "FAILED", "trial-0001": "FINISHED", "trial-0002": "FINISHED"}
 
 
 @pytest.mark.ray
@@ -541,12 +570,12 @@ def test_a_finished_study_is_recognised_without_ray_or_optuna(study):
 
 
 def test_accuracy_is_no_objective_where_clips_have_several_labels(
-    sounds: Path, cache_dir: Path, tmp_path: Path
+    sounds: Path, cache_dir: Path, tmp_path: Path, migrated: Path
 ) -> None:
     with (sounds / "synth.csv").open(encoding="utf-8") as table:
         lines = [f"{row['filename']},{row['category']};any,{row['fold']}\n" for row in csv.DictReader(table)]
     (tmp_path / "list.csv").write_text("path,label,fold\n" + "".join(lines))
     pack(sounds / "audio", tmp_path / "several", tmp_path / "list.csv")
-    file = write_study(tmp_path, tmp_path / "several", cache_dir)
+    file = write_study(tmp_path, tmp_path / "several", cache_dir, migrated)
     with pytest.raises(ConfigError, match=r"objective=valid/accuracy: .*; set objective=valid/map or valid/macro_f1"):
         run_study(load_plan(file), lambda _: None)
