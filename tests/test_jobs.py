@@ -33,7 +33,7 @@ from jobs.__main__ import main, same_cluster
 from jobs.config import DEFAULT_ADDRESS, JobConfig, load_job
 from jobs.spec import Submission, conceal, find_address, is_this_machine, make_word, prepare
 from meamtm.config import build, parse_changes
-from meamtm.data.pack import read_card
+from meamtm.data.pack import pack, read_card
 from meamtm.errors import ConfigError, ServiceError
 from meamtm.tracking import commit_of, read_rows
 from meamtm.tracking.server import connect as connect_mlflow
@@ -706,16 +706,21 @@ def test_a_stopped_study_leaves_no_run_running(head: Head, packed: Path) -> None
 
 
 @pytest.mark.ray
-def test_a_cross_validation_as_a_job_ends_with_its_table(head: Head, packed: Path) -> None:
+def test_a_cross_validation_as_a_job_ends_with_its_table(head: Head, sounds: Path, tmp_path: Path) -> None:
+    """Of a set with two folds, since each of its runs takes ten seconds."""
+    lines = (sounds / "synth.csv").read_text().splitlines()
+    (tmp_path / "two.csv").write_text("\n".join([lines[0], *(line for line in lines if line.startswith(("1-", "2-")))]))
+    pack(sounds, tmp_path / "two", tmp_path / "two.csv")
     words = ["submit", "configs/jobs/crossval.yaml", "seeds=2", f"runs_dir={head.folder}/crossed", "name=crossed"]
-    words += [f"data.path={packed}", f"data.cache_dir={head.folder}/cache", "data.clip_s=0.5", "mel.hop_ms=20"]
-    words += ["mel.sample_rate_hz=8000", "encoder.stem_channels=[8,16]", "encoder.depth=1", "train.epochs=2"]
+    words += [f"data.path={tmp_path / 'two'}", f"data.cache_dir={head.folder}/cache", "data.clip_s=0.5"]
+    words += ["mel.hop_ms=20", "mel.sample_rate_hz=8000", "encoder.stem_channels=[8,16]", "encoder.depth=1"]
+    words += ["train.epochs=2"]
     done = head.jobs(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (head.folder / "crossed").glob("*-crossval-*")
     result = json.loads((folder / "crossval.json").read_text())
     assert {(row["fold"], row["seed"]) for row in result["rows"]} == {
-        (fold, seed) for fold in range(1, 6) for seed in (0, 1)
+        (fold, seed) for fold in (1, 2) for seed in (0, 1)
     }
     assert f"test accuracy {result['figures']['crossval/accuracy_mean']:.4f} ± " in done.stdout
 
@@ -739,17 +744,17 @@ def assert_goes_on_after_ctrl_c(head: Head, job_id: str) -> None:
 def test_a_job_that_is_killed_goes_on_when_it_is_submitted_again(head: Head, packed: Path) -> None:
     runs = head.folder / "killed"
     words = ["submit", "configs/jobs/train.yaml", f"runs_dir={runs}", f"data.path={packed}", "name=killed"]
-    words += [f"data.cache_dir={head.folder}/cache", "data.clip_s=0.5", "mel.sample_rate_hz=8000", "train.epochs=60"]
+    words += [f"data.cache_dir={head.folder}/cache", "data.clip_s=0.5", "mel.sample_rate_hz=8000", "train.epochs=20"]
     words += ["encoder.stem_channels=[8,16]", "encoder.depth=1", "train.checkpoint_s=0", "mel.hop_ms=20"]
     job_id = head.jobs(*words, "--no-wait").stdout.strip()
     wait_for(lambda: any(runs.glob("*/epoch-*")), 120)
     (folder,) = runs.iterdir()
     os.kill(json.loads((folder / ".holder.json").read_text())["pid"], signal.SIGKILL)
     wait_for(lambda: f"{job_id} FAILED" in head.jobs("status", job_id).stdout, 60)
-    assert 0 < read_record(newest(folder))["epoch"] < 60  # the kill may come before the record has a line of it
+    assert 0 < read_record(newest(folder))["epoch"] < 20  # the kill may come before the record has a line of it
     done = head.jobs(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
-    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert [row["step"] for row in rows] == list(range(1, 21))
     (run,) = [run for run in head.runs() if run.info.run_name == folder.name]
     assert run.info.status == "FINISHED"

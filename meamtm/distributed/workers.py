@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 GPU_STEPS = 16
+ELASTIC_START_S = "5"
+"""Ray counts nodes every 20 s. Until then an elastic run whose node is gone asks for as many workers as before, and
+waits for a minute where no room is, if nobody says otherwise; then it looks again."""
 
 
 def run(
@@ -88,6 +91,8 @@ def make_trainer(
 
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     scale = config.scale
+    if scale.least_workers < scale.most_workers:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_S)
     per_worker = needs(scale)
     use_gpu = "GPU" in per_worker
     return ray.train.torch.TorchTrainer(
