@@ -54,7 +54,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (status.st_size, status.st_mtime_ns) for path, status in found.items() if not path.is_dir()}
 
 
-def refused(message: str, *words: object) -> None:
+def assert_refused(message: str, *words: object) -> None:
     """Asserts that a command ends with 2, says one line and changes nothing in the folder where it is typed."""
     before, here = tree(Path.cwd()), sorted(Path.cwd().rglob("*"))
     code, out, err = meamtm_command(*words)
@@ -95,7 +95,7 @@ def refused(message: str, *words: object) -> None:
     ],
 )
 def test_a_setting_that_cannot_be(place: Path, command: str, word: str, message: str) -> None:
-    refused(message, command, "run.yaml", word)
+    assert_refused(message, command, "run.yaml", word)
 
 
 @pytest.mark.parametrize(
@@ -120,21 +120,23 @@ def test_a_setting_that_cannot_be(place: Path, command: str, word: str, message:
     ],
 )
 def test_a_run_that_cannot_begin(place: Path, word: str, message: str) -> None:
-    refused(message, "train", "run.yaml", "name=bad", word)
+    assert_refused(message, "train", "run.yaml", "name=bad", word)
 
 
 @pytest.mark.parametrize("command", ["train", "show"])
 def test_a_config_file_that_is_not_there_or_no_yaml(place: Path, tmp_path: Path, command: str) -> None:
-    refused(r"none\.yaml: no such file; name an existing YAML file, for example one of configs/", command, "none.yaml")
+    assert_refused(
+        r"none\.yaml: no such file; name an existing YAML file, for example one of configs/", command, "none.yaml"
+    )
     (tmp_path / "torn.yaml").write_text("mel: [1, 2\nx: 1")
-    refused(r".*torn\.yaml line 2: not valid YAML \(.*\); correct it", command, tmp_path / "torn.yaml")
-    refused(r"packed: cannot be read as text \(.*\); name a YAML file", command, "packed")
+    assert_refused(r".*torn\.yaml line 2: not valid YAML \(.*\); correct it", command, tmp_path / "torn.yaml")
+    assert_refused(r"packed: cannot be read as text \(.*\); name a YAML file", command, "packed")
 
 
 def test_an_mlflow_that_does_not_answer(place: Path, nobody: int) -> None:
     uri = f"http://user:secret@127.0.0.1:{nobody}"
     message = rf"tracking\.uri=http://(?!.*secret).*127\.0\.0\.1:{nobody}.*; .*tracking\.mlflow=false.*"
-    refused(message, "train", "run.yaml", "name=bad", "tracking.mlflow=true", f"tracking.uri={uri}")
+    assert_refused(message, "train", "run.yaml", "name=bad", "tracking.mlflow=true", f"tracking.uri={uri}")
 
 
 @pytest.mark.ray
@@ -144,7 +146,7 @@ def test_a_ray_cluster_that_does_not_answer(place: Path, nobody: int) -> None:
         rf"scale\.address={re.escape(address)}: no Ray cluster answers there \(.*\); check host and port, "
         r"start one with `ray start --head`, or leave scale\.address and RAY_ADDRESS unset for one on this machine"
     )
-    refused(message, "train", "run.yaml", "name=bad", "scale.workers=1", f"scale.address={address}")
+    assert_refused(message, "train", "run.yaml", "name=bad", "scale.workers=1", f"scale.address={address}")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict", "embed"])
@@ -152,7 +154,7 @@ def test_what_is_no_checkpoint(place: Path, tmp_path: Path, command: str) -> Non
     more = {"evaluate": [], "predict": ["packed"], "embed": ["packed", "--out", tmp_path / "out.npz"]}[command]
     message = r": not a checkpoint \(no metrics\.json\); name a folder like runs/NAME/epoch-00100"
     for path in ("packed", "nothing", "run.yaml"):
-        refused(path.replace(".", r"\.") + message, command, path, *more)
+        assert_refused(path.replace(".", r"\.") + message, command, path, *more)
     assert not (tmp_path / "out.npz").exists()
 
 
@@ -161,7 +163,9 @@ def test_a_damaged_checkpoint(place: Path, run_folder: Path, tmp_path: Path, nam
     damaged = tmp_path / "epoch-00001"
     shutil.copytree(run_folder / "epoch-00001", damaged)
     (damaged / name).write_bytes((damaged / name).read_bytes()[:-9])
-    refused(rf".*epoch-00001: {name} is missing or damaged; use another checkpoint of the run", "evaluate", damaged)
+    assert_refused(
+        rf".*epoch-00001: {name} is missing or damaged; use another checkpoint of the run", "evaluate", damaged
+    )
 
 
 def test_a_checkpoint_of_other_classes(place: Path, run_folder: Path, sounds: Path, tmp_path: Path) -> None:
@@ -172,8 +176,8 @@ def test_a_checkpoint_of_other_classes(place: Path, run_folder: Path, sounds: Pa
     message = (
         r".* names 10 classes, \['tone', .*and .*other has 2, \['a', 'b'\]\.\.\.; evaluate on data with the same ones"
     )
-    refused(message, "evaluate", run_folder, "--data", tmp_path / "other")
-    refused(
+    assert_refused(message, "evaluate", run_folder, "--data", tmp_path / "other")
+    assert_refused(
         r"data\.test_fold=9: .* has no such fold; choose one of 1, 2, 3, 4, 5, .*", "evaluate", run_folder, "--fold", 9
     )
 
@@ -190,12 +194,12 @@ def test_a_data_set_that_was_packed_anew(place: Path, run_folder: Path, sounds: 
         r".*epoch-00001 was trained on other data than '.*packed' \(digest \w+, not \w+\); "
         r"set another name, or remove that run folder"
     )
-    refused(message, "train", "run.yaml")
+    assert_refused(message, "train", "run.yaml")
     message = (
         r"data\.path=.*packed has changed since .*epoch-00001 was trained on it \(digest \w+, not \w+\); "
         r"name data that it has not heard with --data"
     )
-    refused(message, "evaluate", run_folder)
+    assert_refused(message, "evaluate", run_folder)
     (place / "packed").rename(tmp_path / "anew")
     (tmp_path / "before").rename(place / "packed")
 
@@ -209,14 +213,14 @@ def test_a_checkpoint_of_one_class(place: Path, run_folder: Path, tmp_path: Path
     record["files"]["labels.json"] = hashlib.sha256((one / "labels.json").read_bytes()).hexdigest()
     (one / "metrics.json").write_text(json.dumps(record))
     message = r".*epoch-00001: labels\.json names 1 class; a classifier has two or more"
-    refused(message, "predict", one, "packed")
+    assert_refused(message, "predict", one, "packed")
 
 
 def test_text_as_audio(place: Path, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("this is a text")
     message = r".*text\.wav: cannot be decoded: .*; name files with sound in them"
-    refused(message, "predict", run_folder, tmp_path / "text.wav")
-    refused(message, "embed", run_folder, tmp_path, "--out", "out.npz")
+    assert_refused(message, "predict", run_folder, tmp_path / "text.wav")
+    assert_refused(message, "embed", run_folder, tmp_path, "--out", "out.npz")
 
 
 def test_text_as_audio_in_a_set_to_pack(place: Path, sounds: Path, tmp_path: Path) -> None:
@@ -226,36 +230,38 @@ def test_text_as_audio_in_a_set_to_pack(place: Path, sounds: Path, tmp_path: Pat
         (source / label / "sound.wav").write_bytes(sound.read_bytes())
     (source / "x" / "text.wav").write_text("this is a text")
     message = r".*text\.wav: cannot be decoded: .*; correct or remove it, or pack without --strict"
-    refused(message, "pack", source, "out", "--strict")
+    assert_refused(message, "pack", source, "out", "--strict")
     (source / "y" / "sound.wav").write_text("this is a text")
     message = r"2 of 3 files cannot be used, which leaves 1 classes of at least two; the first is .*text\.wav: .*"
-    refused(message, "pack", source, "out")
+    assert_refused(message, "pack", source, "out")
 
 
 def test_a_csv_that_names_missing_files(place: Path, sounds: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,label\ngone.wav,x\nlost.wav,y\n")
     words = ("pack", sounds / "audio", "out", "--manifest", tmp_path / "list.csv")
-    refused(r"2 of 2 files cannot be used, .*; the first is .*gone\.wav: no such file; correct the files or .*", *words)
-    refused(r".*gone\.wav: no such file; correct or remove it, or pack without --strict", *words, "--strict")
+    assert_refused(
+        r"2 of 2 files cannot be used, .*; the first is .*gone\.wav: no such file; correct the files or .*", *words
+    )
+    assert_refused(r".*gone\.wav: no such file; correct or remove it, or pack without --strict", *words, "--strict")
 
 
 def test_a_label_file_with_one_class(place: Path, sounds: Path, tmp_path: Path) -> None:
     names = [path.name for path in sorted((sounds / "audio").glob("*.wav"))[:3]]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *(f"{name},x" for name in names)]))
     message = r".*list\.csv: all clips have one class \(x\); label at least two classes"
-    refused(message, "pack", sounds / "audio", "out", "--manifest", tmp_path / "list.csv")
+    assert_refused(message, "pack", sounds / "audio", "out", "--manifest", tmp_path / "list.csv")
 
 
 def test_a_source_or_target_that_cannot_be(place: Path, sounds: Path) -> None:
-    refused(r"SOURCE=nowhere: no such folder; name a folder with sounds in it", "pack", "nowhere", "out")
+    assert_refused(r"SOURCE=nowhere: no such folder; name a folder with sounds in it", "pack", "nowhere", "out")
     message = r"OUT=runs: exists and is not a packed data set \(holds good-\w+\); name another folder"
-    refused(message, "pack", sounds, "runs")
+    assert_refused(message, "pack", sounds, "runs")
 
 
 def test_nothing_to_listen_to(place: Path, run_folder: Path, tmp_path: Path) -> None:
     message = r"none\.wav: no such file or folder; name audio files or folders of them"
-    refused(message, "predict", run_folder, "none.wav")
-    refused(
+    assert_refused(message, "predict", run_folder, "none.wav")
+    assert_refused(
         rf"{tmp_path}: no \.flac, \.mp3, \.ogg, \.wav file in there; name another folder",
         "predict",
         run_folder,
@@ -267,7 +273,7 @@ def test_nothing_to_listen_to(place: Path, run_folder: Path, tmp_path: Path) -> 
 def test_an_answer_that_has_no_place_to_go(place: Path, run_folder: Path, sounds: Path, command: str) -> None:
     for out in ("nowhere/out.csv", "packed"):
         message = rf"--out={re.escape(out)}: cannot be written; name a file in a folder that exists"
-        refused(message, command, run_folder, sounds, "--out", out)
+        assert_refused(message, command, run_folder, sounds, "--out", out)
 
 
 def test_a_good_run_is_not_refused(place: Path) -> None:

@@ -72,7 +72,7 @@ from ray.cluster_utils import Cluster
 from meamtm.config import RunConfig, ScaleConfig, from_flat
 from meamtm.distributed import check_resources, connect, disconnect, make_trainer, needs, room_for
 from meamtm.distributed.side_by_side import _share
-from meamtm.errors import ConfigError, MeamtmError
+from meamtm.errors import ConfigError
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
 cluster.add_node(num_cpus=3, num_gpus=1)
 cluster.add_node(num_cpus=1, num_gpus=2)

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GPU_STEPS = 16
 ELASTIC_START_S = "5"
-"""Ray counts nodes every 20 s. Until then an elastic run whose node is gone asks for as many workers as before, and
-waits for a minute where no room is, if nobody says otherwise; then it looks again."""
+"""So long an elastic run waits for room before it asks again how much there is. Ray says a minute, but counts nodes
+every 20 s, and until then takes one that is gone for room."""
 
 
 def run(

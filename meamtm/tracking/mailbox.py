@@ -60,7 +60,7 @@ class Mailbox:
         self._waiting: deque[Point | Call] = deque()
         self._changed = threading.Condition()
         self._singly = 0  # so many items go one by one, after a batch of them was refused
-        self._failures = 0  # attempts in a row
+        self._failures = 0  # so many attempts in a row
         self._away_since_s = 0.0
         self._next_pause_s = pause_s
         self._closing = False
