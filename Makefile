@@ -24,7 +24,7 @@ test: $(STAMP)  ## every test, real Ray and MLflow included
 	$(BIN)/python -m pytest --ignore $(ALONE) -n 2 --dist loadfile --no-loadscope-reorder || code=1; \
 	exit $$code
 
-soak: $(STAMP)  ## a run, a study and a report killed at sixty-five random moments, and models compiled as users do
+soak: $(STAMP)  ## runs, studies and reports killed at sixty-five random moments, models compiled as users do, a million rows
 	@$(BIN)/python -m pytest -m soak
 
 check: $(STAMP) audit  ## lint, format, types, and what audit finds
