@@ -17,7 +17,6 @@ from meamtm.tables import print_answers, print_crossval, print_evaluation, print
 if TYPE_CHECKING:
     from meamtm.config import RunConfig
     from meamtm.inference.predict import Answer
-    from meamtm.training.checkpoint import Saved
 
 
 class Dataset(StrEnum):
@@ -205,23 +204,33 @@ def crossval(
 
 @app.command()
 def predict(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="run or checkpoint folder; or, in quotes, a pattern of runs to average"
+        ),
+    ],
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="audio files, or folders of them")],
     out: Annotated[Path | None, typer.Option(help="CSV to write instead of the table")] = None,
     each_window: Annotated[bool, typer.Option("--each-window", help="name each window, with its times")] = False,
 ) -> None:
     """Name the sounds in audio files."""
-    from meamtm.inference.predict import classify_files, classify_windows, find_audio, write_csv
+    from meamtm.inference.predict import average, classify_files, classify_windows, find_audio, load_models, write_csv
 
     _check_folder(out)
-    saved, files = _load(checkpoint), find_audio(paths)
-    heard = classify_windows(saved, files) if each_window else ([each] for each in classify_files(saved, files))
-    answers = _collect(heard, len(files))
+    models, files = load_models(checkpoint), find_audio(paths)
+    if len(models) > 1:
+        typer.echo(f"the mean of {len(models)} runs: {', '.join(str(saved.folder) for saved in models)}", err=True)
+    heard = [
+        classify_windows(saved, files) if each_window else ([each] for each in classify_files(saved, files))
+        for saved in models
+    ]
+    answers, labels = _collect(average(heard), len(files)), models[0].labels
     if out is not None:
-        write_csv(out, saved.labels, answers)
+        write_csv(out, labels, answers)
         print_written(out, answers)
     else:
-        print_answers(answers, saved.labels)
+        print_answers(answers, labels)
 
 
 @app.command()
@@ -231,27 +240,16 @@ def embed(
     out: Annotated[Path, typer.Option(help="NumPy .npz file to write: path (file,), embedding (file, width)")],
 ) -> None:
     """Turn audio files into embeddings, for search, clustering or another classifier."""
-    from meamtm.inference.predict import embed_files, find_audio, write_npz
+    from meamtm.inference.predict import embed_files, find_audio, load_here, write_npz
 
     _check_folder(out)
-    saved, files = _load(checkpoint), find_audio(paths)
+    saved, files = load_here(checkpoint), find_audio(paths)
     answers = _collect(([each] for each in embed_files(saved, files)), len(files))
     for answer in answers:
         if answer.values is None:
             typer.echo(f"{answer.path}: {answer.problem}", err=True)
     num_files = write_npz(out, answers)
     typer.echo(f"{num_files} embeddings of width {saved.config.encoder.width}: {out}")
-
-
-def _load(checkpoint: Path) -> "Saved":
-    """Reads a model back, onto this machine's GPU if it has one."""
-    from meamtm.config import ScaleConfig
-    from meamtm.training.checkpoint import load_model
-    from meamtm.training.context import choose_device
-
-    saved = load_model(checkpoint)
-    saved.model.to(choose_device(ScaleConfig()))
-    return saved
 
 
 def _check_folder(out: Path | None) -> None:

@@ -33,7 +33,14 @@ from meamtm.tracking import (
 from meamtm.training.checkpoint import newest, taught_by
 from meamtm.training.evaluate import Evaluation
 from meamtm.training.lock import held
-from meamtm.training.predictions import PREDICTIONS, Prediction, gather_predictions, read_predictions, write_predictions
+from meamtm.training.predictions import (
+    PREDICTIONS,
+    Prediction,
+    gather_predictions,
+    read_predictions,
+    score_predictions,
+    write_predictions,
+)
 from meamtm.training.run import Outcome, absolute, is_tested, run_folder, tags
 from meamtm.training.teacher import find_teacher
 
@@ -90,14 +97,24 @@ class CrossValidation:
         """Reads what the runs that had not heard a clip said of it, the most doubtful first."""
         return read_predictions(Path(self.folder) / PREDICTIONS)
 
+    def ensemble(self) -> dict[str, float]:
+        """Gives the metrics of the answers' mean over the seeds, as `meamtm predict` averages several runs; nothing of
+        one seed, nor where an earlier version has not kept what its runs said."""
+        predictions = self.predictions() if len(self.seeds) > 1 else []
+        if not predictions:
+            return {}
+        found = score_predictions(predictions, self.classes, multi_label=self.confusion is None)
+        return {f"crossval/ensemble_{key}": value for key, value in found.items()}
+
     def figures(self) -> dict[str, float]:
-        """Gives mean and standard deviation of each metric over all runs, and that of the seeds' means."""
+        """Gives mean and standard deviation of each metric over all runs, that of the seeds' means, and what the seeds
+        say together."""
         found = {f"crossval/{self.score}_std_of_seeds": deviation(self.seed_means())}
         for key in self.rows[0].metrics:
             column = [row.metrics[key] for row in self.rows]
             name = f"crossval/{key.removeprefix('test/')}"
             found |= {f"{name}_mean": statistics.fmean(column), f"{name}_std": deviation(column)}
-        return found
+        return found | self.ensemble()
 
 
 def deviation(values: Sequence[float]) -> float:

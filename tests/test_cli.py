@@ -1,9 +1,11 @@
 """The commands, one after the other, as the README tells a newcomer to type them."""
 
 import csv
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,6 +309,52 @@ def test_predict_agrees_with_evaluate(world: World, tmp_path: Path) -> None:
     held_out = [name for name, row in truth.items() if row["fold"] == "1"]
     accuracy = np.mean([named[name] == truth[name]["category"] for name in held_out])
     assert f"accuracy {accuracy:.4f}" in world.train.out
+
+
+def test_predict_averages_the_runs_that_a_pattern_names(world: World, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        meamtm_command("train", "run.yaml", f"train.seed={seed}", "name=several")
+    folders = sorted((world.folder / "runs").glob("several-*"))
+    (world.folder / "runs" / "several-crossval-0").mkdir()  # which holds no model
+    done = meamtm_command("predict", "runs/several-*", "sounds", "--out", tmp_path / "both.csv")
+    assert done.code == 0, done.err
+    checkpoints = ", ".join(f"runs/{folder.name}/epoch-00003" for folder in folders)
+    assert done.err == f"the mean of 2 runs: {checkpoints}\n"
+    for number, folder in enumerate(folders):
+        assert meamtm_command("predict", folder, "sounds", "--out", tmp_path / f"{number}.csv").err == ""
+    first, second, both = (probabilities(tmp_path / f"{name}.csv", world.classes) for name in ("0", "1", "both"))
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
+
+    unquoted = meamtm_command("predict", *folders, "sounds")
+    assert unquoted.code == 2
+    assert unquoted.err == (
+        f"meamtm: {folders[1]}: is a run, and holds no sounds; put a pattern of runs in quotes, to average them\n"
+    )
+    nothing = meamtm_command("predict", "runs/nobody-*", "sounds")
+    assert (nothing.code, nothing.err.count("\n")) == (2, 1)
+    assert nothing.err.startswith("meamtm: runs/nobody-*: not a checkpoint")
+
+
+def test_runs_that_name_different_classes_are_not_averaged(world: World, tmp_path: Path) -> None:
+    for name in ("some-a", "some-b"):
+        shutil.copytree(world.run_folder, tmp_path / name)
+    checkpoint = newest(tmp_path / "some-b")
+    assert checkpoint is not None
+    record = json.loads((checkpoint / "metrics.json").read_text())
+    labels = json.loads((checkpoint / "labels.json").read_text())
+    labels["classes"][0] = "another"
+    (checkpoint / "labels.json").write_text(json.dumps(labels))
+    record["files"]["labels.json"] = hashlib.sha256((checkpoint / "labels.json").read_bytes()).hexdigest()
+    (checkpoint / "metrics.json").write_text(json.dumps(record))
+    done = meamtm_command("predict", tmp_path / "some-*", "sounds")
+    assert done.code == 2
+    assert done.err.endswith("name different classes; name runs of one data set\n")
+
+
+def probabilities(path: Path, classes: tuple[str, ...]) -> np.ndarray:
+    with path.open(newline="", encoding="utf-8") as file:
+        return np.array([[float(row[name]) for name in classes] for row in csv.DictReader(file)])
 
 
 def test_embed_writes_an_array_and_names_what_it_left_out(world: World, tmp_path: Path) -> None:

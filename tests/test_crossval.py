@@ -144,6 +144,9 @@ def test_runs_side_by_side_find_what_each_finds_alone(
     assert figures["crossval/accuracy_std"] == pytest.approx(statistics.stdev(values))
     means = [(values[0] + values[1]) / 2, (values[2] + values[3]) / 2]
     assert figures["crossval/accuracy_std_of_seeds"] == pytest.approx(statistics.stdev(means))
+    assert figures["crossval/ensemble_accuracy"] == pytest.approx(
+        statistics.mean(each.named == each.label for each in result.predictions())
+    ), "folds of one size"
     assert result.confusion is not None
     assert sum(map(sum, result.confusion)) == 4 * 20
 
@@ -277,6 +280,12 @@ def test_the_command_prints_the_table_and_is_quick_when_it_is_done(
     began_s = time.monotonic()
     assert meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "1,2").out == shown.out
     assert time.monotonic() - began_s < 2
+    assert "averaged" not in shown.out, "one seed has no mean"
+    for fold in (1, 2):
+        run_here(override(config, {"data.test_fold": fold, "train.seed": 1}))
+    shown = meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "1,2", "--seeds", 2)
+    figures = json.loads((crossval_folder(config) / "crossval.json").read_text())["figures"]
+    assert f"the 2 seeds' answers averaged: accuracy {figures['crossval/ensemble_accuracy']:.4f}\n" in shown.out
     wrong = meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "one")
     assert (wrong.code, wrong.err) == (2, "meamtm: --folds=one: not whole numbers; write them as 1,2\n")
 

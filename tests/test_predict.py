@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import soundfile
 import torch
 
-from meamtm.config import from_flat
+from meamtm.config import from_flat, override
 from meamtm.errors import DataError
 from meamtm.inference.predict import (
     Answer,
+    average,
     check_any,
     classify_files,
     classify_windows,
@@ -35,7 +37,7 @@ def saved() -> Saved:
     return made(multi_label=False)
 
 
-def made(*, multi_label: bool, precision: str = "float32") -> Saved:
+def made(*, multi_label: bool, precision: str = "float32", seed: int = 0) -> Saved:
     config = from_flat(
         {
             "train.precision": precision,
@@ -48,7 +50,7 @@ def made(*, multi_label: bool, precision: str = "float32") -> Saved:
             "encoder.depth": 1,
         }
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AudioTransformer(config, len(CLASSES)).eval()
     for parameter in model.encoder.head.parameters():
         torch.nn.init.normal_(parameter)
@@ -188,6 +190,34 @@ def test_several_labels_get_probabilities_of_their_own(tmp_path: Path) -> None:
     samples = torch.from_numpy(np.rint(noise(4_000) * 32_768).astype(np.float32) / 32_768)[None]
     with torch.inference_mode():
         np.testing.assert_allclose(answer, several.model(samples).sigmoid()[0], atol=1e-6)
+
+
+def test_several_models_answers_are_averaged_and_what_none_can_read_stays_told(saved: Saved, tmp_path: Path) -> None:
+    other = made(multi_label=False, seed=1)
+    paths = [write(tmp_path / "a.wav", noise(4_000)), write(tmp_path / "long.wav", noise(10_000)), tmp_path / "b.wav"]
+    paths[2].write_text("text")
+    files = average([([each] for each in classify_files(model, paths)) for model in (saved, other)])
+    first, _, text = (answer for [answer] in files)
+    each = [expected(model, noise(4_000)) for model in (saved, other)]
+    assert np.abs(each[0] - each[1]).max() > 0.01
+    np.testing.assert_allclose(heard([first])[0], np.mean(each, axis=0), atol=1e-6)
+    assert (text.path, text.values) == (paths[2], None)
+    assert text.problem.startswith("cannot be decoded: ")
+
+    _, windows, _ = average([classify_windows(model, paths) for model in (saved, other)])
+    assert [answer.span_s for answer in windows] == [(0, 0.5), (0.5, 1.0), (0.75, 1.25)]
+    for values, start in zip(heard(windows), (0, 4_000, 6_000), strict=True):
+        part = noise(10_000)[start : start + 4_000]
+        np.testing.assert_allclose(values, np.mean([expected(model, part) for model in (saved, other)], 0), atol=1e-6)
+
+
+def test_windows_of_different_lengths_are_not_averaged(saved: Saved, tmp_path: Path) -> None:
+    paths = [write(tmp_path / "a.wav", noise(10_000))]
+    shorter = replace(saved, config=override(saved.config, {"data.clip_s": 0.25}))
+    with pytest.raises(
+        DataError, match=r"a\.wav: the models differ in data\.clip_s, so their windows cannot be averaged"
+    ):
+        list(average([classify_windows(model, paths) for model in (saved, shorter)]))
 
 
 def test_embeddings_are_as_wide_as_the_encoder_and_tell_sounds_apart(saved: Saved, tmp_path: Path) -> None:

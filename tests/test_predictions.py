@@ -11,7 +11,13 @@ from tiny import tiny
 
 from meamtm.training.evaluate import Evaluation
 from meamtm.training.metrics import confusion
-from meamtm.training.predictions import Prediction, gather_predictions, read_predictions, write_predictions
+from meamtm.training.predictions import (
+    Prediction,
+    gather_predictions,
+    read_predictions,
+    score_predictions,
+    write_predictions,
+)
 from meamtm.training.run import run_here
 
 CLASSES = ("owl", "cat", "sea")
@@ -44,6 +50,25 @@ def test_the_most_doubtful_come_first_with_what_all_models_said() -> None:
     assert [(each.num_right, each.num_models) for each in found] == [(0, 1), (1, 2), (2, 2)]
     assert [each.confidence for each in found] == pytest.approx([0.0, 0.45, 0.7])
     assert found[1].probability == pytest.approx((0.15, 0.4, 0.45))
+
+
+def test_metrics_of_the_mean_answers_are_those_of_each_fold_averaged() -> None:
+    owl, sea = [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]
+    first = said(["a", "b"], [[0.6, 0.3, 0.1], [0.5, 0.1, 0.4]], [owl, sea])
+    second = said(["a", "b"], [[0.4, 0.5, 0.1], [0.2, 0.1, 0.7]], [owl, sea])
+    other = said(["c", "d", "e", "f"], [[0.9, 0.1, 0.0]] * 4, [owl, owl, owl, sea], "fold 2")
+    found = score_predictions(gather_predictions([first, second, other]), CLASSES, multi_label=False)
+    assert found["accuracy"] == pytest.approx((1 + 3 / 4) / 2), "each of the two is wrong of a clip, and not together"
+    assert found["loss"] == pytest.approx(-(np.log([0.5, 0.55]).mean() + np.log([0.9, 0.9, 0.9, 1e-12]).mean()) / 2)
+
+
+def test_metrics_of_mean_answers_of_several_labels() -> None:
+    both, none = [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]
+    one = said(["a", "b"], [[0.9, 0.4, 0.2], [0.2, 0.1, 0.3]], [both, none], multi_label=True)
+    two = said(["a", "b"], [[0.7, 0.8, 0.4], [0.6, 0.1, 0.1]], [both, none], multi_label=True)
+    found = score_predictions(gather_predictions([one, two]), CLASSES, multi_label=True)
+    assert found["map"] == found["accuracy"] == 1.0
+    assert found["loss"] > 0
 
 
 def test_of_several_labels_all_must_be_right_and_the_worst_answer_counts() -> None:

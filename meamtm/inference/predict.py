@@ -1,8 +1,8 @@
-"""Audio files and a checkpoint -> probabilities or embeddings, file by file or window by window."""
+"""Audio files and a checkpoint, or several -> probabilities or embeddings, file by file or window by window."""
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,14 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from meamtm.config import ScaleConfig
 from meamtm.data.audio import read_audio
 from meamtm.data.loader import cut_windows
 from meamtm.data.sources import AUDIO_SUFFIXES, find_sounds
-from meamtm.errors import DataError
+from meamtm.errors import CheckpointError, DataError
 from meamtm.model.precision import autocast
-from meamtm.training.checkpoint import Labels, Saved
+from meamtm.training.checkpoint import Labels, Saved, load_model, newest
+from meamtm.training.context import choose_device
 from meamtm.training.predictions import name_labels
 from meamtm.training.prepare import to_float
 
@@ -38,7 +40,7 @@ def find_audio(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += find_sounds(path)
+            found += find_sounds(path) or _no_run(path)
         elif path.exists():
             found.append(path)
         else:
@@ -48,6 +50,43 @@ def find_audio(paths: Sequence[Path]) -> list[Path]:
             f"{', '.join(map(str, paths))}: no {', '.join(sorted(AUDIO_SUFFIXES))} file in there; name another folder"
         )
     return found
+
+
+def load_here(folder: Path) -> Saved:
+    """Reads a model back, as `load_model` does, onto this machine's GPU if it has one."""
+    saved = load_model(folder)
+    saved.model.to(choose_device(ScaleConfig()))
+    return saved
+
+
+def load_models(place: Path) -> list[Saved]:
+    """Reads the model of a run or checkpoint folder, or those of all runs that a pattern such as runs/mine-* matches.
+
+    Matches without a checkpoint, such as the result of a cross-validation, are left out. Raises CheckpointError where
+    nothing is left, or models name different classes.
+    """
+    folders = [] if place.exists() or not place.name else sorted(place.parent.glob(place.name))
+    models = [load_here(folder) for folder in folders if newest(folder, to_train=False) is not None]
+    if not models:
+        return [load_here(place)]
+    first = models[0]
+    for other in models[1:]:
+        if other.labels.classes != first.labels.classes or other.labels.multi_label != first.labels.multi_label:
+            raise CheckpointError(
+                f"{place}: {first.folder} and {other.folder} name different classes; name runs of one data set"
+            )
+    return models
+
+
+def average(models: Sequence[Iterable[list[Answer]]]) -> Iterator[list[Answer]]:
+    """Gives, file by file, the mean of what several models say of it or of each of its windows.
+
+    Raises DataError where they cut a file into windows of different lengths."""
+    for said in zip(*models, strict=True):
+        first = said[0]
+        if any([answer.span_s for answer in one] != [answer.span_s for answer in first] for one in said):
+            raise DataError(f"{first[0].path}: the models differ in data.clip_s, so their windows cannot be averaged")
+        yield [replace(answers[0], values=_mean_values(answers)) for answers in zip(*said, strict=True)]
 
 
 def classify_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
@@ -133,8 +172,20 @@ def _in_turn(spare: int, window: int) -> list[int]:
 
 def _mean(windows: list[Answer]) -> Answer:
     """Makes one answer of those of a file's windows."""
-    values = [window.values for window in windows if window.values is not None]
-    return Answer(windows[0].path, np.mean(values, axis=0) if values else None, windows[0].problem)
+    return Answer(windows[0].path, _mean_values(windows), windows[0].problem)
+
+
+def _mean_values(answers: Sequence[Answer]) -> Float32[np.ndarray, " value"] | None:
+    """Gives the mean of answers that all have numbers, or that all have none."""
+    values = [answer.values for answer in answers if answer.values is not None]
+    return np.mean(values, axis=0) if values else None
+
+
+def _no_run(folder: Path) -> list[Path]:
+    """Refuses a run among the folders of sounds: the shell has put it in the place of a pattern."""
+    if newest(folder, to_train=False) is not None:
+        raise DataError(f"{folder}: is a run, and holds no sounds; put a pattern of runs in quotes, to average them")
+    return []
 
 
 def _features(saved: Saved, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch width"]:

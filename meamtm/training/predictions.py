@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 
 from meamtm.files import whole_file
 from meamtm.training.evaluate import Evaluation
+from meamtm.training.metrics import scores
 
 PREDICTIONS = "predictions.csv"
 HEADER = ("clip", "part", "label", "class", "models", "right", "confidence")
@@ -67,6 +69,22 @@ def _predict(clip: str, answers: Sequence[tuple[Evaluation, int]]) -> Prediction
         confidence=float(confidence),
         probability=tuple(probability.tolist()),
     )
+
+
+def score_predictions(
+    predictions: Sequence[Prediction], classes: Sequence[str], *, multi_label: bool
+) -> dict[str, float]:
+    """Gives the metrics of the models' mean probabilities: of each part, such as a fold, and then their mean."""
+    parts: dict[str, list[Prediction]] = defaultdict(list)
+    for each in predictions:
+        parts[each.part].append(each)
+    found = []
+    for part in parts.values():
+        probability = torch.tensor([each.probability for each in part])  # (clip, label)
+        labels = [set(each.label.split(";")) for each in part]
+        target = torch.tensor([[float(name in own) for name in classes] for own in labels])  # (clip, label)
+        found.append(scores(probability, target, multi_label=multi_label))
+    return {key: float(np.mean([each[key] for each in found])) for key in found[0]}
 
 
 def name_labels(probability: Float[np.ndarray, " label"], classes: Sequence[str], *, multi_label: bool) -> str:
