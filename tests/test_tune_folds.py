@@ -31,13 +31,15 @@ from meamtm.training.run import absolute, run_folder
 from tune.driver import make_scheduler
 from tune.folds import Folds
 from tune.history import choose, enqueue_finalists, open_study, point_of, repeat_of, repeats, seed_of, settle, trained
+from tune.importance import compare
 from tune.plan import Plan, load_plan
 from tune.race import luck
-from tune.report import summary, write_report
+from tune.report import write_report
 from tune.result import Row, pareto_front, read_result
 from tune.runs import is_recorded
 from tune.search import TruthfulSearch
 from tune.study import run_study
+from tune.tables import summary
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 FOLDS = ["data.valid_fold=null", "inner_folds=[2,3]"]
@@ -367,7 +369,7 @@ def test_a_report_forgets_configurations_that_left_the_front(study: Path) -> Non
         trial = optuna_study.ask()
         plan.space(trial)
         optuna_study.tell(trial, values)
-        write_report(plan, optuna_study)
+        write_report(plan, optuna_study, compare(plan, optuna_study))
         left = {int(path.stem.rsplit("-", 1)[1]) for path in (plan.folder / "report").glob("pareto-trial-*.yaml")}
         assert left == expected
 

@@ -13,8 +13,10 @@ from rich.console import Console
 from test_tune_search import make_plan
 
 from tune.history import open_study, stages
+from tune.importance import importances
 from tune.plan import Plan
-from tune.report import MOST_KEYS, describe, importances, report
+from tune.report import report
+from tune.tables import MOST_KEYS, describe
 
 ASHA = ["asha.grace_epochs=1", "asha.reduction=2"]
 

@@ -47,8 +47,8 @@ def run(
 ) -> None:
     """Search, train the best again on train + validation, test it once; the same command again continues."""
     from tune.plan import load_plan
-    from tune.report import summary
     from tune.study import run_study
+    from tune.tables import summary
 
     plan = load_plan(study, changes or [])
     if resume and not (plan.folder / "optuna.db").exists():

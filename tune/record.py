@@ -14,9 +14,9 @@ from meamtm.errors import ServiceError
 from meamtm.tracking import MLflowSink, Status
 from tune.history import Outcome, judge, point_of, repeat_of, trained
 from tune.plan import Plan
-from tune.report import describe
 from tune.runs import end_all, end_child, start_child
 from tune.search import TruthfulSearch
+from tune.tables import describe
 
 logger = logging.getLogger(__name__)
 
