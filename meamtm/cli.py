@@ -207,7 +207,7 @@ def predict(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            metavar="CHECKPOINT", help="run or checkpoint folder; or, in quotes, a pattern of runs to average"
+            metavar="CHECKPOINT", help="run or checkpoint folder; or 'runs/NAME-*', in quotes, for an ensemble"
         ),
     ],
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="audio files, or folders of them")],
@@ -215,17 +215,14 @@ def predict(
     each_window: Annotated[bool, typer.Option("--each-window", help="name each window, with its times")] = False,
 ) -> None:
     """Name the sounds in audio files."""
-    from meamtm.inference.predict import average, classify_files, classify_windows, find_audio, load_models, write_csv
+    from meamtm.inference.predict import classify_files, classify_windows, find_audio, load_models, write_csv
 
     _check_folder(out)
     models, files = load_models(checkpoint), find_audio(paths)
-    if len(models) > 1:
-        typer.echo(f"the mean of {len(models)} runs: {', '.join(str(saved.folder) for saved in models)}", err=True)
-    heard = [
-        classify_windows(saved, files) if each_window else ([each] for each in classify_files(saved, files))
-        for saved in models
-    ]
-    answers, labels = _collect(average(heard), len(files)), models[0].labels
+    if not checkpoint.expanduser().exists():  # but a pattern
+        typer.echo(f"ensemble of {len(models)}: {', '.join(str(saved.folder) for saved in models)}", err=True)
+    heard = classify_windows(models, files) if each_window else ([each] for each in classify_files(models, files))
+    answers, labels = _collect(heard, len(files)), models[0].labels
     if out is not None:
         write_csv(out, labels, answers)
         print_written(out, answers)

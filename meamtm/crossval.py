@@ -68,6 +68,8 @@ class CrossValidation:
     """Clips by true class (row) and named class (column), over all rows; None where clips have several labels."""
     digest: str | None = None
     """Of the data set; None in a result of an earlier version."""
+    ensemble: dict[str, float] | None = None
+    """Metrics of the seeds' mean probabilities; None of one seed, and in a result of an earlier version."""
 
     @property
     def folds(self) -> list[int]:
@@ -97,24 +99,15 @@ class CrossValidation:
         """Reads what the runs that had not heard a clip said of it, the most doubtful first."""
         return read_predictions(Path(self.folder) / PREDICTIONS)
 
-    def ensemble(self) -> dict[str, float]:
-        """Gives the metrics of the answers' mean over the seeds, as `meamtm predict` averages several runs; nothing of
-        one seed, nor where an earlier version has not kept what its runs said."""
-        predictions = self.predictions() if len(self.seeds) > 1 else []
-        if not predictions:
-            return {}
-        found = score_predictions(predictions, self.classes, multi_label=self.confusion is None)
-        return {f"crossval/ensemble_{key}": value for key, value in found.items()}
-
     def figures(self) -> dict[str, float]:
-        """Gives mean and standard deviation of each metric over all runs, that of the seeds' means, and what the seeds
-        say together."""
+        """Gives mean and standard deviation of each metric over all runs, that of the seeds' means, and the metrics of
+        the seeds' ensemble."""
         found = {f"crossval/{self.score}_std_of_seeds": deviation(self.seed_means())}
         for key in self.rows[0].metrics:
             column = [row.metrics[key] for row in self.rows]
             name = f"crossval/{key.removeprefix('test/')}"
             found |= {f"{name}_mean": statistics.fmean(column), f"{name}_std": deviation(column)}
-        return found | self.ensemble()
+        return found | {f"crossval/ensemble_{key}": value for key, value in (self.ensemble or {}).items()}
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -159,8 +152,9 @@ def evaluate_runs(
             find_teacher(run)
     with held(folder):
         outcomes = run_all(list(runs.values()), heard, should_stop)
-        result = _gather(folder, dict(zip(runs, outcomes, strict=True)), digest)
-        _write(config, result, [_evaluation(outcome) for outcome in outcomes])
+        predictions = gather_predictions([_evaluation(outcome) for outcome in outcomes])
+        result = _gather(folder, dict(zip(runs, outcomes, strict=True)), digest, predictions)
+        _write(config, result, predictions)
         if config.tracking.mlflow:
             _tell_mlflow(config, result)
     return result
@@ -228,7 +222,9 @@ def _lacks_predictions(done: CrossValidation) -> bool:
     return all(newest(Path(row.run_folder)) is not None for row in done.rows)
 
 
-def _gather(folder: Path, outcomes: Mapping[tuple[int, int], Outcome], digest: str) -> CrossValidation:
+def _gather(
+    folder: Path, outcomes: Mapping[tuple[int, int], Outcome], digest: str, predictions: Sequence[Prediction]
+) -> CrossValidation:
     rows, matrices, classes = [], [], ()
     for (fold, seed), outcome in outcomes.items():
         evaluation = _evaluation(outcome)
@@ -236,7 +232,9 @@ def _gather(folder: Path, outcomes: Mapping[tuple[int, int], Outcome], digest: s
         matrices.append(evaluation.confusion)
         classes = evaluation.classes
     total = None if matrices[0] is None else np.sum(matrices, axis=0).tolist()
-    return CrossValidation(str(folder), classes, tuple(rows), total, digest)
+    has_seeds = len({seed for _, seed in outcomes}) > 1
+    ensemble = score_predictions(predictions, classes, multi_label=total is None) if has_seeds else None
+    return CrossValidation(str(folder), classes, tuple(rows), total, digest, ensemble)
 
 
 def _evaluation(outcome: Outcome) -> Evaluation:
@@ -244,10 +242,10 @@ def _evaluation(outcome: Outcome) -> Evaluation:
     return outcome.evaluation
 
 
-def _write(config: RunConfig, result: CrossValidation, evaluations: Sequence[Evaluation]) -> None:
+def _write(config: RunConfig, result: CrossValidation, predictions: Sequence[Prediction]) -> None:
     folder = Path(result.folder)
     write_yaml(folder / "config.yaml", flatten(config))
-    write_predictions(folder / PREDICTIONS, gather_predictions(evaluations), result.classes)
+    write_predictions(folder / PREDICTIONS, predictions, result.classes)
     if result.confusion is not None:
         matrix = np.array(result.confusion)
         confusion_figure(matrix, result.classes, folder / "confusion.png")
@@ -264,8 +262,8 @@ def _read(folder: Path) -> CrossValidation | None:
         return None
     fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     rows = tuple(FoldRow(**row) for row in fields["rows"])
-    classes, digest = tuple(fields["classes"]), fields.get("digest")
-    return CrossValidation(fields["folder"], classes, rows, fields["confusion"], digest)
+    classes, later = tuple(fields["classes"]), (fields.get(key) for key in ("digest", "ensemble"))
+    return CrossValidation(fields["folder"], classes, rows, fields["confusion"], *later)
 
 
 def _tell_mlflow(config: RunConfig, result: CrossValidation) -> None:

@@ -57,8 +57,8 @@ def print_crossval(result: "CrossValidation") -> None:
     typer.echo(f"test {result.score} {mean:.4f}{spread}")
     if len(means) > 1:
         typer.echo(f"a seed's mean over the folds varies by ± {std_of_seeds:.4f}")
-    if (together := figures.get(f"crossval/ensemble_{result.score}")) is not None:
-        typer.echo(f"the {len(means)} seeds' answers averaged: {result.score} {together:.4f}")
+    if result.ensemble is not None:
+        typer.echo(f"ensemble of each fold's {len(means)} seeds: {result.score} {result.ensemble[result.score]:.4f}")
     typer.echo(f"folder      {result.folder}")
 
 

@@ -316,24 +316,37 @@ def test_predict_averages_the_runs_that_a_pattern_names(world: World, tmp_path: 
         meamtm_command("train", "run.yaml", f"train.seed={seed}", "name=several")
     folders = sorted((world.folder / "runs").glob("several-*"))
     (world.folder / "runs" / "several-crossval-0").mkdir()  # which holds no model
+    shutil.copytree(folders[0] / "epoch-00002", world.folder / "runs" / "several-short")
     done = meamtm_command("predict", "runs/several-*", "sounds", "--out", tmp_path / "both.csv")
     assert done.code == 0, done.err
     checkpoints = ", ".join(f"runs/{folder.name}/epoch-00003" for folder in folders)
-    assert done.err == f"the mean of 2 runs: {checkpoints}\n"
+    assert sorted(done.err.splitlines()) == [
+        f"ensemble of 2: {checkpoints}",
+        "runs/several-crossval-0 is left out: holds no checkpoint",
+        "runs/several-short is left out: is not trained to its end, but for 2 of 3 epochs",
+    ]
     for number, folder in enumerate(folders):
         assert meamtm_command("predict", folder, "sounds", "--out", tmp_path / f"{number}.csv").err == ""
     first, second, both = (probabilities(tmp_path / f"{name}.csv", world.classes) for name in ("0", "1", "both"))
     assert np.abs(first - second).max() > 1e-3
     np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
 
-    unquoted = meamtm_command("predict", *folders, "sounds")
-    assert unquoted.code == 2
-    assert unquoted.err == (
-        f"meamtm: {folders[1]}: is a run, and holds no sounds; put a pattern of runs in quotes, to average them\n"
+    copied = meamtm_command("predict", "runs/*/epoch-00003", "sounds", "--out", tmp_path / "copied.csv")
+    assert copied.err.startswith(f"ensemble of {len(list(world.folder.glob('runs/*/epoch-00003')))}: runs/")
+
+    for folder in (folders[1], folders[1] / "epoch-00003"):
+        unquoted = meamtm_command("predict", folders[0], folder, "sounds")
+        assert unquoted.code == 2
+        assert unquoted.err == (
+            f"meamtm: {folder}: is a run, and holds no sounds; the first word alone names runs, several of them as a "
+            "pattern in quotes\n"
+        )
+    nothing = meamtm_command("predict", "~/runs/nobody-**", "sounds")
+    place = Path("~/runs/nobody-**").expanduser()
+    assert (nothing.code, nothing.err) == (
+        2,
+        f"meamtm: CHECKPOINT={place}: no trained run matches; name others, as runs/NAME-*\n",
     )
-    nothing = meamtm_command("predict", "runs/nobody-*", "sounds")
-    assert (nothing.code, nothing.err.count("\n")) == (2, 1)
-    assert nothing.err.startswith("meamtm: runs/nobody-*: not a checkpoint")
 
 
 def test_runs_that_name_different_classes_are_not_averaged(world: World, tmp_path: Path) -> None:
@@ -349,7 +362,11 @@ def test_runs_that_name_different_classes_are_not_averaged(world: World, tmp_pat
     (checkpoint / "metrics.json").write_text(json.dumps(record))
     done = meamtm_command("predict", tmp_path / "some-*", "sounds")
     assert done.code == 2
-    assert done.err.endswith("name different classes; name runs of one data set\n")
+    assert re.fullmatch(
+        r"meamtm: CHECKPOINT=.*some-\*: .*some-a\S* and .*some-b\S* differ in their classes, or in how many a clip may "
+        r"have, so their answers cannot be averaged; name runs of one data set\n",
+        done.err,
+    )
 
 
 def probabilities(path: Path, classes: tuple[str, ...]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,10 @@ import pytest
 import soundfile
 import torch
 
-from meamtm.config import from_flat, override
+from meamtm.config import from_flat
 from meamtm.errors import DataError
 from meamtm.inference.predict import (
     Answer,
-    average,
     check_any,
     classify_files,
     classify_windows,
@@ -37,7 +35,9 @@ def saved() -> Saved:
     return made(multi_label=False)
 
 
-def made(*, multi_label: bool, precision: str = "float32", seed: int = 0) -> Saved:
+def made(
+    *, multi_label: bool, precision: str = "float32", seed: int = 0, changes: dict[str, float] | None = None
+) -> Saved:
     config = from_flat(
         {
             "train.precision": precision,
@@ -48,6 +48,7 @@ def made(*, multi_label: bool, precision: str = "float32", seed: int = 0) -> Sav
             "encoder.heads": 1,
             "encoder.head_dim": 8,
             "encoder.depth": 1,
+            **(changes or {}),
         }
     )
     torch.manual_seed(seed)
@@ -196,28 +197,34 @@ def test_several_models_answers_are_averaged_and_what_none_can_read_stays_told(s
     other = made(multi_label=False, seed=1)
     paths = [write(tmp_path / "a.wav", noise(4_000)), write(tmp_path / "long.wav", noise(10_000)), tmp_path / "b.wav"]
     paths[2].write_text("text")
-    files = average([([each] for each in classify_files(model, paths)) for model in (saved, other)])
-    first, _, text = (answer for [answer] in files)
+    first, _, text = classify_files([saved, other], paths)
     each = [expected(model, noise(4_000)) for model in (saved, other)]
     assert np.abs(each[0] - each[1]).max() > 0.01
     np.testing.assert_allclose(heard([first])[0], np.mean(each, axis=0), atol=1e-6)
     assert (text.path, text.values) == (paths[2], None)
     assert text.problem.startswith("cannot be decoded: ")
 
-    _, windows, _ = average([classify_windows(model, paths) for model in (saved, other)])
+    _, windows, [text] = classify_windows([saved, other], paths)
+    assert (text.values, text.span_s) == (None, None)
     assert [answer.span_s for answer in windows] == [(0, 0.5), (0.5, 1.0), (0.75, 1.25)]
     for values, start in zip(heard(windows), (0, 4_000, 6_000), strict=True):
         part = noise(10_000)[start : start + 4_000]
         np.testing.assert_allclose(values, np.mean([expected(model, part) for model in (saved, other)], 0), atol=1e-6)
 
 
-def test_windows_of_different_lengths_are_not_averaged(saved: Saved, tmp_path: Path) -> None:
-    paths = [write(tmp_path / "a.wav", noise(10_000))]
-    shorter = replace(saved, config=override(saved.config, {"data.clip_s": 0.25}))
+@pytest.mark.parametrize(("key", "mine", "its"), [("data.clip_s", 0.5, 0.25), ("mel.sample_rate_hz", 8_000, 16_000)])
+def test_windows_that_differ_are_not_averaged_but_files_are(
+    saved: Saved, tmp_path: Path, key: str, mine: float, its: float
+) -> None:
+    path = write(tmp_path / "a.wav", noise(10_000))
+    other = made(multi_label=False, changes={key: its}, seed=1)
     with pytest.raises(
-        DataError, match=r"a\.wav: the models differ in data\.clip_s, so their windows cannot be averaged"
+        DataError, match=rf"--each-window: none has {key}={mine}, and none {its}, so their windows differ; leave --each"
     ):
-        list(average([classify_windows(model, paths) for model in (saved, shorter)]))
+        classify_windows([saved, other], [path])
+    each = [heard(classify_files(model, [path]))[0] for model in (saved, other)]
+    [answer] = heard(classify_files([saved, other], [path]))
+    np.testing.assert_allclose(answer, np.mean(each, axis=0), atol=1e-6)
 
 
 def test_embeddings_are_as_wide_as_the_encoder_and_tell_sounds_apart(saved: Saved, tmp_path: Path) -> None:

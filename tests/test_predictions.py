@@ -1,6 +1,7 @@
 """What models said of clips that had not trained them: counted, averaged, ordered, and kept as a table."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,15 @@ def test_metrics_of_mean_answers_of_several_labels() -> None:
     two = said(["a", "b"], [[0.7, 0.8, 0.4], [0.6, 0.1, 0.1]], [both, none], multi_label=True)
     found = score_predictions(gather_predictions([one, two]), CLASSES, multi_label=True)
     assert found["map"] == found["accuracy"] == 1.0
-    assert found["loss"] > 0
+    truth = [0.8, 0.6, 0.7, 0.6, 0.9, 0.8]  # of each clip's labels
+    assert found["loss"] == pytest.approx(-np.log(truth).sum() / 2)
+
+
+def test_a_class_may_be_called_as_two_are() -> None:
+    evaluation = said(["a", "b"], [[0.1, 0.1, 0.8], [0.7, 0.2, 0.1]], [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    classes = ("owl", "cat", "owl;cat")
+    found = gather_predictions([replace(evaluation, classes=classes)])
+    assert score_predictions(found, classes, multi_label=False)["accuracy"] == 1.0
 
 
 def test_of_several_labels_all_must_be_right_and_the_worst_answer_counts() -> None:

@@ -31,7 +31,7 @@ from meamtm.training.run import absolute, run_folder
 from tune.driver import make_scheduler
 from tune.folds import Folds
 from tune.history import choose, enqueue_finalists, open_study, point_of, repeat_of, repeats, seed_of, settle, trained
-from tune.importance import compare
+from tune.importance import find_stages
 from tune.plan import Plan, load_plan
 from tune.race import luck
 from tune.report import write_report
@@ -369,7 +369,7 @@ def test_a_report_forgets_configurations_that_left_the_front(study: Path) -> Non
         trial = optuna_study.ask()
         plan.space(trial)
         optuna_study.tell(trial, values)
-        write_report(plan, optuna_study, compare(plan, optuna_study))
+        write_report(plan, optuna_study, find_stages(plan, optuna_study))
         left = {int(path.stem.rsplit("-", 1)[1]) for path in (plan.folder / "report").glob("pareto-trial-*.yaml")}
         assert left == expected
 

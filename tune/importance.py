@@ -22,15 +22,15 @@ class Stage:
 
     study: "Study"
     importances: dict[str, dict[str, float]]
-    """Of each way of looking at them the keys, largest first."""
+    """Evaluator -> key -> importance, largest first; empty of too few trials, or where all are worth the same."""
 
 
-def compare(plan: Plan, study: "Study") -> dict[str, Stage]:
-    """Looks at a study's `stages`, which takes seconds for each."""
+def find_stages(plan: Plan, study: "Study") -> dict[str, Stage]:
+    """Gives a study's `stages` by name, with the importances, which take seconds each."""
     return {name: Stage(trials, importances(trials)) for name, trials in stages(study, plan).items()}
 
 
-def importances(compared: "Study") -> dict[str, dict[str, float]]:
+def importances(study: "Study") -> dict[str, dict[str, float]]:
     """How much each key decides, by two ways of looking at one of the study's `stages`; empty where there are too few
     trials, or where all are worth the same.
 
@@ -39,11 +39,11 @@ def importances(compared: "Study") -> dict[str, dict[str, float]]:
     from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
     from optuna.study import StudyDirection
 
-    num_trials = len(compared.trials)
-    if num_trials < FEWEST_TRIALS or len({trial.values[0] for trial in compared.trials}) == 1:
+    num_trials = len(study.trials)
+    if num_trials < FEWEST_TRIALS or len({trial.values[0] for trial in study.trials}) == 1:
         return {}
     best = max(0.1, min(0.5, BEST_FEW / num_trials))
-    sign = -1 if compared.directions[0] is StudyDirection.MAXIMIZE else 1  # PED-ANOVA takes low values for good ones
+    sign = -1 if study.directions[0] is StudyDirection.MAXIMIZE else 1  # PED-ANOVA takes low values for good ones
     ways = {
         "fANOVA": FanovaImportanceEvaluator(seed=0),
         "PED-ANOVA": PedAnovaImportanceEvaluator(target_quantile=best),
@@ -51,8 +51,6 @@ def importances(compared: "Study") -> dict[str, dict[str, float]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # optuna's, of keys that exist in some trials only, and of that sign
         return {
-            way: get_param_importances(
-                compared, evaluator=evaluator, target=lambda trial: sign * (trial.values or [])[0]
-            )
+            way: get_param_importances(study, evaluator=evaluator, target=lambda trial: sign * (trial.values or [])[0])
             for way, evaluator in ways.items()
         }

@@ -12,7 +12,7 @@ from meamtm.config import differences, write_yaml
 from meamtm.errors import ConfigError
 from meamtm.files import whole_file
 from tune.history import open_study, rows
-from tune.importance import Stage, compare
+from tune.importance import Stage, find_stages
 from tune.plan import Plan
 from tune.result import Row, pareto_front
 from tune.tables import finalists_table, front_file, front_table, importance_table, trials_table
@@ -30,18 +30,18 @@ def report(plan: Plan) -> "RenderableType":
     if not (plan.folder / "optuna.db").exists():
         raise ConfigError(f"{plan.folder}: no such study yet; start it by python -m tune, with the same words")
     study = open_study(plan)
-    compared = compare(plan, study)
-    files = write_report(plan, study, compared)
+    stages = find_stages(plan, study)
+    files = write_report(plan, study, stages)
     return Group(
         trials_table(rows(study), plan.config.metric),
         *front_table(rows(study), plan.config.metric),
         *finalists_table(rows(study), plan.config.metric),
-        *(importance_table(name, stage) for name, stage in compared.items()),
+        *(importance_table(name, stage) for name, stage in stages.items()),
         Text(f"{len(files)} files in {plan.folder / 'report'}"),
     )
 
 
-def write_report(plan: Plan, study: "Study", compared: Mapping[str, Stage]) -> list[Path]:
+def write_report(plan: Plan, study: "Study", stages: Mapping[str, Stage]) -> list[Path]:
     """Writes trials.csv and the figures, and returns their paths."""
     from tune.figures import (
         LOOKS,
@@ -61,9 +61,9 @@ def write_report(plan: Plan, study: "Study", compared: Mapping[str, Stage]) -> l
     if not any(row.state in LOOKS and row.value is not None for row in trials):
         return files
     files += [history_figure(trials, objective, plan.config.mode, folder / "history.png")]
-    titles = {name: f"{name}, {len(stage.study.trials)} trials" for name, stage in compared.items()}
+    titles = {name: f"{name}, {len(stage.study.trials)} trials" for name, stage in stages.items()}
     shares = {
-        f"{way}\n{titles[name]}": found for name, stage in compared.items() for way, found in stage.importances.items()
+        f"{way}\n{titles[name]}": found for name, stage in stages.items() for way, found in stage.importances.items()
     }
     shown = list(next(iter(shares.values()), plan.space.ranges))[:MOST_AXES]
     axes = {key: plan.space.ranges[key] for key in shown}
@@ -71,7 +71,7 @@ def write_report(plan: Plan, study: "Study", compared: Mapping[str, Stage]) -> l
     for key, searched in plan.space.ranges.items():
         files.append(slice_figure(trials, key, searched, objective, folder / f"slice-{key}.png"))
     if {RATE, DEPTH} <= plan.space.ranges.keys():
-        panels = {titles[name]: rows(stage.study) for name, stage in compared.items()}
+        panels = {titles[name]: rows(stage.study) for name, stage in stages.items()}
         files.append(sensitivity_figure(panels, RATE, DEPTH, objective, folder / "sensitivity.png"))
     if (page := write_page(plan, study, shown, folder / "interactive.html")) is not None:
         files.append(page)

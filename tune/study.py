@@ -157,7 +157,7 @@ def _complete_record(plan: Plan, done: Result) -> None:
 
 def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tell) -> Result:
     from meamtm.distributed import connected_for_now, run_all
-    from tune.importance import compare
+    from tune.importance import find_stages
     from tune.report import write_report
 
     trial = choose(study, plan)
@@ -192,7 +192,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
         finalist_seeds=plan.config.finalist_seeds,
         data_digest=study.user_attrs["data_digest"],
     )
-    write_report(plan, study, compare(plan, study))
+    write_report(plan, study, find_stages(plan, study))
     return result
 
 

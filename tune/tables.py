@@ -1,4 +1,4 @@
-"""What `python -m tune` answers with: tables of trials, of the front, of finalists, of importances, and of an end."""
+"""What `python -m tune` answers with: trials, the front, finalists, importances; a finished study's summary."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -127,10 +127,12 @@ def describe(point: Mapping[str, Value]) -> str:
 def importance_table(name: str, stage: Stage) -> "RenderableType":
     """Which keys matter among trials as they are at one stage."""
     num_trials, shares = len(stage.study.trials), stage.importances
-    if not shares:
+    if not shares and num_trials < FEWEST_TRIALS:
         return Text(
             f"importances {name}: {num_trials} trials came so far, and {FEWEST_TRIALS} are the fewest that tell"
         )
+    if not shares:
+        return Text(f"importances {name}: all {num_trials} trials are worth the same, which tells nothing")
     hint = "a hint: " if num_trials < ENOUGH_TRIALS else ""
     title = f"importances {name} ({hint}{num_trials} trials)"
     table = Table("key", *shares, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))

@@ -1,27 +1,31 @@
 """Audio files and a checkpoint, or several -> probabilities or embeddings, file by file or window by window."""
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int16
 from torch import Tensor
 
-from meamtm.config import ScaleConfig
+from meamtm.config import ScaleConfig, flatten, load
 from meamtm.data.audio import read_audio
 from meamtm.data.loader import cut_windows
 from meamtm.data.sources import AUDIO_SUFFIXES, find_sounds
-from meamtm.errors import CheckpointError, DataError
+from meamtm.errors import CheckpointError, DataError, MeamtmError
 from meamtm.model.precision import autocast
-from meamtm.training.checkpoint import Labels, Saved, load_model, newest
+from meamtm.training.checkpoint import Labels, Saved, checkpoint_in, load_model, read_labels, read_record
 from meamtm.training.context import choose_device
 from meamtm.training.predictions import name_labels
 from meamtm.training.prepare import to_float
 
 WINDOWS_AT_ONCE = 32
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,13 @@ def find_audio(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += find_sounds(path) or _no_run(path)
+            sounds = find_sounds(path)
+            if not sounds and checkpoint_in(path) is not None:
+                raise DataError(
+                    f"{path}: is a run, and holds no sounds; the first word alone names runs, several of them as a "
+                    "pattern in quotes"
+                )
+            found += sounds
         elif path.exists():
             found.append(path)
         else:
@@ -60,48 +70,73 @@ def load_here(folder: Path) -> Saved:
 
 
 def load_models(place: Path) -> list[Saved]:
-    """Reads the model of a run or checkpoint folder, or those of all runs that a pattern such as runs/mine-* matches.
+    """Reads the model of a run or checkpoint folder, or an ensemble: those of all that a pattern such as runs/mine-*
+    matches.
 
-    Matches without a checkpoint, such as the result of a cross-validation, are left out. Raises CheckpointError where
-    nothing is left, or models name different classes.
+    A match that has no checkpoint, or is not trained to its end, is left out with a warning. Raises CheckpointError
+    where nothing is left, or models do not name the same classes.
     """
-    folders = [] if place.exists() or not place.name else sorted(place.parent.glob(place.name))
-    models = [load_here(folder) for folder in folders if newest(folder, to_train=False) is not None]
-    if not models:
+    place = place.expanduser()  # in quotes no shell has done that
+    if place.exists() or not set("*?[") & set(str(place)):
         return [load_here(place)]
-    first = models[0]
-    for other in models[1:]:
-        if other.labels.classes != first.labels.classes or other.labels.multi_label != first.labels.multi_label:
+    answers: dict[Path, tuple[tuple[str, ...], bool]] = {}
+    for match in sorted(map(Path, glob(str(place)))):  # noqa: PTH207 - anywhere in a path, absolute or not
+        try:
+            checkpoint = _trained(match)
+            labels = read_labels(checkpoint)
+            answers[checkpoint] = (labels.classes, labels.multi_label)
+        except MeamtmError as error:
+            logger.warning("%s is left out: %s", match, error)
+    if not answers:
+        raise CheckpointError(f"CHECKPOINT={place}: no trained run matches; name others, as runs/NAME-*")
+    first, meaning = next(iter(answers.items()))
+    for other, its_meaning in answers.items():
+        if its_meaning != meaning:
             raise CheckpointError(
-                f"{place}: {first.folder} and {other.folder} name different classes; name runs of one data set"
+                f"CHECKPOINT={place}: {first} and {other} differ in their classes, or in how many a clip may have, so "
+                "their answers cannot be averaged; name runs of one data set"
             )
-    return models
+    return [load_here(checkpoint) for checkpoint in answers]
 
 
-def average(models: Sequence[Iterable[list[Answer]]]) -> Iterator[list[Answer]]:
-    """Gives, file by file, the mean of what several models say of it or of each of its windows.
-
-    Raises DataError where they cut a file into windows of different lengths."""
-    for said in zip(*models, strict=True):
-        first = said[0]
-        if any([answer.span_s for answer in one] != [answer.span_s for answer in first] for one in said):
-            raise DataError(f"{first[0].path}: the models differ in data.clip_s, so their windows cannot be averaged")
-        yield [replace(answers[0], values=_mean_values(answers)) for answers in zip(*said, strict=True)]
+def classify_files(models: Saved | Sequence[Saved], paths: Sequence[Path]) -> Iterator[Answer]:
+    """Gives each file's probabilities (label,), the mean over windows of the length that the model was trained on; of
+    several models, an ensemble, the mean over these."""
+    ensemble = [models] if isinstance(models, Saved) else models
+    return (_mean([_mean(windows) for windows in _hear(ensemble, path, _probabilities, _evenly)]) for path in paths)
 
 
-def classify_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
-    """Gives each file's probabilities (label,), the mean over windows of the length that the model was trained on."""
-    return (_mean(_hear(saved, path, _probabilities, _evenly)) for path in paths)
+def classify_windows(models: Saved | Sequence[Saved], paths: Sequence[Path]) -> Iterator[list[Answer]]:
+    """Gives the probabilities (label,) of each file's windows: one after the other, the last one up to its end; of
+    several models, an ensemble, their mean.
 
-
-def classify_windows(saved: Saved, paths: Sequence[Path]) -> Iterator[list[Answer]]:
-    """Gives the probabilities (label,) of each file's windows: one after the other, the last one up to its end."""
-    return (_hear(saved, path, _probabilities, _in_turn) for path in paths)
+    Raises DataError where the models' windows differ."""
+    ensemble = [models] if isinstance(models, Saved) else models
+    for other in ensemble[1:]:
+        for key in ("data.clip_s", "mel.sample_rate_hz"):
+            mine, its = (flatten(saved.config)[key] for saved in (ensemble[0], other))
+            if mine != its:
+                raise DataError(
+                    f"--each-window: {ensemble[0].folder} has {key}={mine}, and {other.folder} {its}, so their windows "
+                    "differ; leave --each-window out, or name runs that have the same"
+                )
+    heard = (_hear(ensemble, path, _probabilities, _in_turn) for path in paths)
+    return ([replace(_mean(each), span_s=each[0].span_s) for each in zip(*file, strict=True)] for file in heard)
 
 
 def embed_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
     """Gives each file's embedding (width,), the mean over its windows."""
-    return (_mean(_hear(saved, path, _features, _evenly)) for path in paths)
+    return (_mean(windows) for path in paths for windows in _hear([saved], path, _features, _evenly))
+
+
+def _trained(match: Path) -> Path:
+    """Names the checkpoint of a run that is trained to its end."""
+    if (checkpoint := checkpoint_in(match)) is None:
+        raise CheckpointError("holds no checkpoint")
+    epoch, num_epochs = read_record(checkpoint, to_train=False)["epoch"], load(checkpoint / "config.yaml").train.epochs
+    if epoch < num_epochs:
+        raise CheckpointError(f"is not trained to its end, but for {epoch} of {num_epochs} epochs")
+    return checkpoint
 
 
 def check_any(answers: Sequence[Answer]) -> None:
@@ -138,14 +173,29 @@ def write_npz(out: Path, answers: Sequence[Answer]) -> int:
 
 
 def _hear(
-    saved: Saved, path: Path, function: Callable[[Saved, Tensor], Tensor], cut: Callable[[int, int], list[int]]
-) -> list[Answer]:
-    """Gives an answer for each window of a file, or one that says why it cannot be heard."""
-    rate_hz = saved.config.mel.sample_rate_hz
+    ensemble: Sequence[Saved],
+    path: Path,
+    function: Callable[[Saved, Tensor], Tensor],
+    cut: Callable[[int, int], list[int]],
+) -> list[list[Answer]]:
+    """Gives for each model an answer for each window of a file; or one answer that says why it cannot be heard."""
+    rates_hz = {saved.config.mel.sample_rate_hz for saved in ensemble}
     try:
-        samples, _ = read_audio(path, rate_hz)
+        sounds = {rate_hz: read_audio(path, rate_hz)[0] for rate_hz in rates_hz}
     except DataError as error:
-        return [Answer(path, None, str(error))]
+        return [[Answer(path, None, str(error))]]
+    return [_windows(saved, path, sounds[saved.config.mel.sample_rate_hz], function, cut) for saved in ensemble]
+
+
+def _windows(
+    saved: Saved,
+    path: Path,
+    samples: Int16[np.ndarray, " time"],
+    function: Callable[[Saved, Tensor], Tensor],
+    cut: Callable[[int, int], list[int]],
+) -> list[Answer]:
+    """Gives one model's answer for each window of a sound."""
+    rate_hz = saved.config.mel.sample_rate_hz
     device, window, num_samples = saved.model.mel.mean.device, saved.config.clip_samples, len(samples)
     starts = cut(max(num_samples - window, 0), window)
     samples = np.pad(samples, (0, max(window - num_samples, 0)))
@@ -170,22 +220,11 @@ def _in_turn(spare: int, window: int) -> list[int]:
     return [*range(0, spare, window), spare]
 
 
-def _mean(windows: list[Answer]) -> Answer:
-    """Makes one answer of those of a file's windows."""
-    return Answer(windows[0].path, _mean_values(windows), windows[0].problem)
-
-
-def _mean_values(answers: Sequence[Answer]) -> Float32[np.ndarray, " value"] | None:
-    """Gives the mean of answers that all have numbers, or that all have none."""
+def _mean(answers: Sequence[Answer]) -> Answer:
+    """Makes one answer of those of a file's windows, or of several models."""
     values = [answer.values for answer in answers if answer.values is not None]
-    return np.mean(values, axis=0) if values else None
-
-
-def _no_run(folder: Path) -> list[Path]:
-    """Refuses a run among the folders of sounds: the shell has put it in the place of a pattern."""
-    if newest(folder, to_train=False) is not None:
-        raise DataError(f"{folder}: is a run, and holds no sounds; put a pattern of runs in quotes, to average them")
-    return []
+    assert len(values) in (0, len(answers)), "a file can be read, or it cannot"
+    return Answer(answers[0].path, np.mean(values, axis=0) if values else None, answers[0].problem)
 
 
 def _features(saved: Saved, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch width"]:

@@ -136,6 +136,11 @@ def newest(run_folder: Path, *, to_train: bool = True) -> Path | None:
     return None
 
 
+def checkpoint_in(folder: Path) -> Path | None:
+    """Names the newest complete checkpoint of a run, or the folder itself where that is a checkpoint."""
+    return folder if (folder / "metrics.json").exists() else newest(folder, to_train=False)
+
+
 def read_record(folder: Path, *, to_train: bool = True) -> dict[str, Any]:
     """Reads metrics.json and checks every file against it; who is not going `to_train` needs no `train_state.pt`."""
     try:
@@ -168,9 +173,7 @@ def load_model(folder: Path | str) -> Saved:
 
     A run folder stands for its newest checkpoint.
     """
-    folder = Path(folder)
-    if not (folder / "metrics.json").exists() and folder.is_dir():
-        folder = newest(folder, to_train=False) or folder
+    folder = checkpoint_in(Path(folder)) or Path(folder)
     record = read_record(folder, to_train=False)
     try:
         config = load(folder / "config.yaml")

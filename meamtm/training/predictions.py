@@ -74,14 +74,14 @@ def _predict(clip: str, answers: Sequence[tuple[Evaluation, int]]) -> Prediction
 def score_predictions(
     predictions: Sequence[Prediction], classes: Sequence[str], *, multi_label: bool
 ) -> dict[str, float]:
-    """Gives the metrics of the models' mean probabilities: of each part, such as a fold, and then their mean."""
+    """Gives the metrics of the ensemble of the models: of each part, such as a fold, and then their mean."""
     parts: dict[str, list[Prediction]] = defaultdict(list)
     for each in predictions:
         parts[each.part].append(each)
     found = []
     for part in parts.values():
         probability = torch.tensor([each.probability for each in part])  # (clip, label)
-        labels = [set(each.label.split(";")) for each in part]
+        labels = [each.label.split(";") if multi_label else [each.label] for each in part]
         target = torch.tensor([[float(name in own) for name in classes] for own in labels])  # (clip, label)
         found.append(scores(probability, target, multi_label=multi_label))
     return {key: float(np.mean([each[key] for each in found])) for key in found[0]}

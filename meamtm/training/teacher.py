@@ -15,7 +15,7 @@ from meamtm.data.clips import Clips
 from meamtm.data.split import split_clips
 from meamtm.errors import ConfigError, MeamtmError
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.checkpoint import Labels, load_model, newest, read_labels, read_record
+from meamtm.training.checkpoint import Labels, checkpoint_in, load_model, read_labels, read_record
 
 SHOWN = 3
 
@@ -82,7 +82,7 @@ def _able(
     """Gives a run's newest checkpoint and its config; raises where it cannot teach, with the reason.
 
     Pupils and results of a cross-validation match a pattern too, since they have the name of their config."""
-    checkpoint = folder if (folder / "metrics.json").exists() else newest(folder, to_train=False)
+    checkpoint = checkpoint_in(folder)
     if checkpoint is None:
         raise ConfigError("has no checkpoint")
     teacher = load(checkpoint / "config.yaml")
