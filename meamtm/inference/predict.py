@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, Float32, Int16
 from torch import Tensor
 
-from meamtm.config import ScaleConfig, flatten, load
+from meamtm.config import ScaleConfig, flatten
 from meamtm.data.audio import read_audio
 from meamtm.data.loader import cut_windows
 from meamtm.data.sources import AUDIO_SUFFIXES, find_sounds
-from meamtm.errors import CheckpointError, DataError, MeamtmError
+from meamtm.errors import CheckpointError, DataError
 from meamtm.model.precision import autocast
-from meamtm.training.checkpoint import Labels, Saved, checkpoint_in, load_model, read_labels, read_record
+from meamtm.training.checkpoint import Labels, Saved, checkpoint_in, is_trained, load_model, read_labels
 from meamtm.training.context import choose_device
 from meamtm.training.predictions import name_labels
 from meamtm.training.prepare import to_float
@@ -74,19 +74,20 @@ def load_models(place: Path) -> list[Saved]:
     matches.
 
     A match that has no checkpoint, or is not trained to its end, is left out with a warning. Raises CheckpointError
-    where nothing is left, or models do not name the same classes.
+    where nothing is left, a checkpoint is damaged, or models do not name the same classes.
     """
     place = place.expanduser()  # in quotes no shell has done that
     if place.exists() or not set("*?[") & set(str(place)):
         return [load_here(place)]
     answers: dict[Path, tuple[tuple[str, ...], bool]] = {}
     for match in sorted(map(Path, glob(str(place)))):  # noqa: PTH207 - anywhere in a path, absolute or not
-        try:
-            checkpoint = _trained(match)
+        if (checkpoint := checkpoint_in(match)) is None:
+            logger.warning("%s is left out: it holds no checkpoint", match)
+        elif not is_trained(checkpoint):
+            logger.warning("%s is left out: it is not trained to its end", match)
+        else:
             labels = read_labels(checkpoint)
             answers[checkpoint] = (labels.classes, labels.multi_label)
-        except MeamtmError as error:
-            logger.warning("%s is left out: %s", match, error)
     if not answers:
         raise CheckpointError(f"CHECKPOINT={place}: no trained run matches; name others, as runs/NAME-*")
     first, meaning = next(iter(answers.items()))
@@ -127,16 +128,6 @@ def classify_windows(models: Saved | Sequence[Saved], paths: Sequence[Path]) -> 
 def embed_files(saved: Saved, paths: Sequence[Path]) -> Iterator[Answer]:
     """Gives each file's embedding (width,), the mean over its windows."""
     return (_mean(windows) for path in paths for windows in _hear([saved], path, _features, _evenly))
-
-
-def _trained(match: Path) -> Path:
-    """Names the checkpoint of a run that is trained to its end."""
-    if (checkpoint := checkpoint_in(match)) is None:
-        raise CheckpointError("holds no checkpoint")
-    epoch, num_epochs = read_record(checkpoint, to_train=False)["epoch"], load(checkpoint / "config.yaml").train.epochs
-    if epoch < num_epochs:
-        raise CheckpointError(f"is not trained to its end, but for {epoch} of {num_epochs} epochs")
-    return checkpoint
 
 
 def check_any(answers: Sequence[Answer]) -> None:

@@ -141,6 +141,11 @@ def checkpoint_in(folder: Path) -> Path | None:
     return folder if (folder / "metrics.json").exists() else newest(folder, to_train=False)
 
 
+def is_trained(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of a run's last epoch."""
+    return read_record(checkpoint, to_train=False)["epoch"] >= load(checkpoint / "config.yaml").train.epochs
+
+
 def read_record(folder: Path, *, to_train: bool = True) -> dict[str, Any]:
     """Reads metrics.json and checks every file against it; who is not going `to_train` needs no `train_state.pt`."""
     try:

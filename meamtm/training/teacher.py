@@ -15,7 +15,7 @@ from meamtm.data.clips import Clips
 from meamtm.data.split import split_clips
 from meamtm.errors import ConfigError, MeamtmError
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.checkpoint import Labels, checkpoint_in, load_model, read_labels, read_record
+from meamtm.training.checkpoint import Labels, checkpoint_in, is_trained, load_model, read_labels, read_record
 
 SHOWN = 3
 
@@ -97,6 +97,6 @@ def _able(
     if not np.array_equal(split_clips(clips, teacher.data).train, heard):
         folds = f"data.test_fold={teacher.data.test_fold} data.valid_fold={teacher.data.valid_fold}"
         raise ConfigError(f"was trained on other clips ({folds})")
-    if read_record(checkpoint, to_train=False)["epoch"] < teacher.train.epochs:
+    if not is_trained(checkpoint):
         raise ConfigError("is not trained to its end")
     return checkpoint, teacher
