@@ -246,7 +246,8 @@ def embed(
         if answer.values is None:
             typer.echo(f"{answer.path}: {answer.problem}", err=True)
     num_files = write_npz(out, answers)
-    typer.echo(f"{num_files} embeddings of width {saved.config.encoder.width}: {out}")
+    width = next(len(answer.values) for answer in answers if answer.values is not None)
+    typer.echo(f"{num_files} embeddings of width {width}: {out}")
 
 
 def _check_folder(out: Path | None) -> None:

@@ -90,6 +90,7 @@ ANOTHER: dict[str, Any] = {
     "mel.backend": "conv",
     "encoder.preset": "ast_base",
     "encoder.pretrained": "deit_tiny_patch16_224",
+    "encoder.cnn": "resnet10t",
     "encoder.stem": "patch",
     "encoder.stem_channels": [32, 64],
     "encoder.stem_activation": "silu",
@@ -169,6 +170,25 @@ SAME_RUN = {
 """Keys that cannot change a result, besides all of scale and tracking."""
 
 REFUSED = [
+    (
+        {"encoder.cnn": "resnet18", "encoder.preset": "ast_base"},
+        "encoder.preset=ast_base is for a transformer, and encoder.cnn=resnet18 takes its place; leave one of them out",
+    ),
+    (
+        {"encoder.cnn": "resnet18", "encoder.pretrained": "a.pt"},
+        "encoder.pretrained=a.pt is for a transformer, and encoder.cnn=resnet18 takes its place; leave one of them out",
+    ),
+    (
+        {"encoder.cnn": "resnet18", "encoder.patchout": 0.5},
+        "encoder.patchout=0.5 is for a transformer, and encoder.cnn=resnet18 takes its place; leave one of them out",
+    ),
+    (
+        {"encoder.cnn": "resnet18", "train.grad_checkpointing": True},
+        (
+            "train.grad_checkpointing=true computes layers twice, and batch norms of encoder.cnn=resnet18 would count "
+            "clips twice; set it to false and raise train.accumulation_steps"
+        ),
+    ),
     (
         {"mel.fmax_hz": 9_000},
         "mel.fmax_hz=9000 exceeds Nyquist (8000 Hz); lower it or raise mel.sample_rate_hz",
@@ -356,7 +376,7 @@ def test_values_that_do_not_fit_together_are_refused(changes: Mapping[str, Any],
 
 def test_every_message_of_the_schema_is_pinned_above() -> None:
     room = Path(meamtm.config.__file__).parent
-    trees = [ast.parse((room / name).read_text()) for name in ("schema.py", "mel.py", "encoder.py")]
+    trees = [ast.parse((room / name).read_text()) for name in ("schema.py", "mel.py", "encoder.py", "scale.py")]
     raised = [node.exc for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Raise)]
     patterns = [_pattern(error.args[0]) for error in raised if isinstance(error, ast.Call)]
     assert len(patterns) == len(raised) >= 11

@@ -18,14 +18,15 @@ from meamtm.training.prepare import TrainingBatch
 from meamtm.training.step import make_learner, train_step
 from meamtm.training.train import train
 
-STEMS = {
+MODELS = {
     "conv": {"encoder.stem_activation": "silu", "optim.name": "muon"},
     "conv-relu": {"optim.lr": 1e-4},
     "patch": {"encoder.stem": "patch", "encoder.patch": [8, 6], "encoder.stride": [8, 3]},
+    "cnn": {"encoder.cnn": "test_efficientnet", "optim.name": "muon"},
 }
 """Smooth stems agree to 1e-6. A last digit decides now and then on which side of ReLU's kink a cell lies, whose part in
 a gradient is a thousandth; at a rate of 1e-3 that moves a loss by 5e-6 each time."""
-TOLERANCE = {"conv": 1e-6, "conv-relu": 1e-5, "patch": 1e-6}
+TOLERANCE = {"conv": 1e-6, "conv-relu": 1e-5, "patch": 1e-6, "cnn": 1e-6}
 OF_TWO_RANKS = {"patch": {"train.accumulation_steps": 4}}
 """Thirty clips of each rank, in parts of seven and eight."""
 
@@ -65,21 +66,21 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("model", MODELS)
 def test_two_ranks_give_the_first_20_losses_of_one_process(
-    packed: Path, cache_dir: Path, tmp_path: Path, stem: str
+    packed: Path, cache_dir: Path, tmp_path: Path, model: str
 ) -> None:
     """All 60 training clips make one batch, so that an epoch is a step."""
-    changes = {**PLAIN, "data.valid_fold": 2, "optim.lr": 1e-3, **STEMS[stem]}
+    changes = {**PLAIN, "data.valid_fold": 2, "optim.lr": 1e-3, **MODELS[model]}
     changes |= {"train.batch_size": 60, "train.epochs": 20, "train.checkpoint_s": 1e6}
     one = tiny(packed, cache_dir, tmp_path / "one", changes)
-    two = tiny(packed, cache_dir, tmp_path / "two", changes | OF_TWO_RANKS.get(stem, {}))
+    two = tiny(packed, cache_dir, tmp_path / "two", changes | OF_TWO_RANKS.get(model, {}))
     record = Record()
     train(one, local(one, record))
     rows = _two_ranks(two, tmp_path / "rows.pt")
     assert len(rows) == 20
     losses = [row["train/loss"] for row in rows]
-    assert losses == pytest.approx(record.column("train/loss"), abs=TOLERANCE[stem])
+    assert losses == pytest.approx(record.column("train/loss"), abs=TOLERANCE[model])
     assert losses[-1] < losses[0], "nothing was learned, so equal losses say nothing"
     assert [row["valid/loss"] for row in rows] == pytest.approx(record.column("valid/loss"), abs=1e-4)
 

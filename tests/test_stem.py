@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from meamtm.model.stem import ConvStem, PatchStem, SharedBatchNorm2d, ShiftedPatchStem, Stem
+from meamtm.model.batch_norm import SharedBatchNorm2d
+from meamtm.model.stem import ConvStem, PatchStem, ShiftedPatchStem, Stem
 
 
 def grid(stem: Stem, bands: int, frames: int, num_clips: int = 2) -> torch.Size:

@@ -20,8 +20,8 @@ from meamtm.config.flat import (
     write_yaml,
 )
 from meamtm.config.mel import MelConfig
+from meamtm.config.scale import JOB_HOLDS, ScaleConfig
 from meamtm.config.schema import (
-    JOB_HOLDS,
     AugmentConfig,
     DataConfig,
     DistillConfig,
@@ -29,7 +29,6 @@ from meamtm.config.schema import (
     MixConfig,
     OptimConfig,
     RunConfig,
-    ScaleConfig,
     TrackingConfig,
     TrainConfig,
 )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from meamtm.config.section import Section
+from meamtm.config.section import Section, Word
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ast_base": {
@@ -22,6 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 """Architectures that have a name, and what it fixes."""
+
+PATCHOUTS = ("patchout", "patchout_time", "patchout_freq")
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 """Of files that hold weights."""
@@ -39,6 +41,11 @@ class EncoderConfig(Section):
         default="none",
         min_length=1,
         description="weights to begin with: timm's name of a ViT or DeiT, or a file or folder of one, or of an AST",
+    )
+    cnn: Word = Field(
+        default="none",
+        description="timm's name of a convolutional network, as resnet10t, in the transformer's place: to compare "
+        "with, or to teach (distill.teacher); only dropout and drop_path count beside it",
     )
     stem: Literal["conv", "patch", "shifted_patch"] = Field(
         default="conv",
@@ -133,11 +140,22 @@ class EncoderConfig(Section):
                 )
         if self.attention == "separable":
             self._check_separable()
+        if self.cnn != "none":
+            self._check_cnn()
         if min(self.stem_channels) < 8 or max(self.stem_channels) > 4096:
             raise ValueError(
                 f"encoder.stem_channels={list(self.stem_channels)} must each lie in 8..4096; correct those outside"
             )
         return self
+
+    def _check_cnn(self) -> None:
+        """A convolutional network has neither patches nor the size that a preset or published weights have."""
+        for key, nothing in (("preset", "none"), ("pretrained", "none"), *((key, 0.0) for key in PATCHOUTS)):
+            if getattr(self, key) != nothing:
+                raise ValueError(
+                    f"encoder.{key}={getattr(self, key)} is for a transformer, and encoder.cnn={self.cnn} takes its "
+                    f"place; leave one of them out"
+                )
 
     def _check_separable(self) -> None:
         """Attention along one axis needs every patch in its place, and nothing beside patches."""
@@ -146,7 +164,7 @@ class EncoderConfig(Section):
                 f"encoder.pool={self.pool} adds tokens that have no place on either axis, and "
                 "encoder.attention=separable attends along axes; set encoder.pool=mean or attention"
             )
-        for key in ("patchout", "patchout_time", "patchout_freq"):
+        for key in PATCHOUTS:
             if getattr(self, key) > 0:
                 raise ValueError(
                     f"encoder.{key}={getattr(self, key):g} leaves holes in the grid along whose axes "

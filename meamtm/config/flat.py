@@ -36,6 +36,7 @@ UNSCIENTIFIC = (
 """Keys (or beginnings of keys) that cannot change a result."""
 LATER: dict[str, Any] = {
     "encoder.attention": "joint",
+    "encoder.cnn": "none",
     "distill.teacher": "none",
     "distill.weight": 0.5,
     "distill.temperature": 1.0,

@@ -6,7 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from meamtm.config import RunConfig
+from meamtm.model.cnn import ConvNet
 from meamtm.model.encoder import Encoder
+from meamtm.model.transformer import make_encoder
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,10 @@ class Cost:
     num_macs: int
 
 
-def weightless(config: RunConfig, num_labels: int) -> Encoder:
+def weightless(config: RunConfig, num_labels: int) -> Encoder | ConvNet:
     """Builds the model behind the spectrogram on torch's meta device, where weights have a shape and no memory."""
     with torch.device("meta"):
-        return Encoder(config.encoder, (config.mel.num_bands, config.num_frames), num_labels)
+        return make_encoder(config, num_labels)
 
 
 def cost(config: RunConfig, num_labels: int = 10) -> Cost:
@@ -34,6 +36,6 @@ def cost(config: RunConfig, num_labels: int = 10) -> Cost:
     num_params += config.mel.num_bands * config.mel.num_bins if config.mel.trainable else 0
     return Cost(
         num_params=num_params,
-        num_tokens=encoder.patch_embed.num_patches + encoder.num_prefix_tokens,
+        num_tokens=encoder.num_tokens,
         num_macs=counter.get_total_flops() // 2,
     )

@@ -76,6 +76,11 @@ class Encoder(VisionTransformer):
                 self.positions = SeparatePositions(grid, config.width)
         self.patchout = Patchout(config.patchout, config.patchout_freq, config.patchout_time)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a clip as long as those that it is made for."""
+        return self.patch_embed.num_patches + self.num_prefix_tokens
+
     def forward(self, x: Image, num_frames: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch label"]:  # type: ignore[reportIncompatibleMethodOverride]
         """Gives logits; `num_frames` are true lengths of spectrograms that are padded with zeros."""
         return self.head(self.embed(x, num_frames))

@@ -17,6 +17,7 @@ from torch import Tensor
 from meamtm.config import EncoderConfig
 from meamtm.config.encoder import PRESETS
 from meamtm.errors import CheckpointError, ConfigError
+from meamtm.model.cnn import ConvNet
 from meamtm.model.encoder import Encoder
 from meamtm.model.positions import JointPositions
 from meamtm.model.published import Published, Weights, read_published
@@ -55,11 +56,12 @@ class Borrowed:
 
 
 @torch.no_grad()
-def borrow(encoder: Encoder, config: EncoderConfig) -> Borrowed:
+def borrow(encoder: Encoder | ConvNet, config: EncoderConfig) -> Borrowed:
     """Puts the weights that `encoder.pretrained` names into a new encoder of this config.
 
     Raises ConfigError where the encoder has another size, CheckpointError where the source is another kind of network.
     """
+    assert isinstance(encoder, Encoder), "a config refuses published weights for another network"
     published = read_published(config, encoder.patch_embed.grid_size)
     _check_size(published, config)
     left = dict(published.weights)  # each step takes away what it has a place for

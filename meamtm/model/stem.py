@@ -5,13 +5,14 @@ Where clips of several lengths share a batch, padded with zeros, a stem gives ea
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from meamtm.model.batch_norm import SharedBatchNorm2d
 
 Size = tuple[int, int]
 Image = Float[Tensor, "batch 1 band frame"]
@@ -49,6 +50,12 @@ class Stem(nn.Module, ABC):
     def feat_ratio(self, as_scalar: bool = True) -> int | Size:
         """Tells by how much the grid is coarser than the spectrogram."""
         return max(self.patch_size) if as_scalar else self.patch_size
+
+
+def channels_last(image: Image) -> Image:
+    """Lays an image out with its one channel last, which torch takes it for already, whatever its strides say; but
+    then the first convolution would compute channel by channel, and a training step take an eighth longer on a CPU."""
+    return image.contiguous().squeeze(1).unsqueeze(-1).movedim(-1, 1)
 
 
 class _Patches(Stem):
@@ -133,7 +140,7 @@ class ConvStem(Stem):
         """Gives the grid of patches, channels last."""
         image = self._long_enough(image)
         if torch.is_grad_enabled():  # without, as when batch norm's statistics are taken anew, sums stay the exact ones
-            image = _channels_last(image)
+            image = channels_last(image)
         image = self.stages(image) if num_frames is None else self._stages_by_length(image, num_frames)
         return self.proj(image).permute(0, 2, 3, 1)
 
@@ -149,63 +156,6 @@ class ConvStem(Stem):
                 image = layer(image)
             length = length // 2
         return image * _within(length, image)
-
-
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the clips of all ranks together, on any device and backend.
-
-    torch's SyncBatchNorm needs CUDA. Here each rank gives its count, mean and variance, and all combine them (Chan
-    1979), so that a run's losses do not depend on the number of workers.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Normalises (batch, channel, row, column)."""
-        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(input)
-        mean, variance, count = _pooled_moments(input)
-        with torch.no_grad():
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.detach(), self.momentum)  # type: ignore[union-attr]
-            self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)  # type: ignore[union-attr]
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return input * scale[:, None, None].to(input.dtype) + shift[:, None, None].to(input.dtype)
-
-
-def _pooled_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives mean (channel,), variance (channel,) and count () over the ranks; gradients reach every rank."""
-    local_variance, local_mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
-    count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
-    mine = torch.cat((local_mean, local_variance, count))
-    rows = F.pad(mine[None], (0, 0, dist.get_rank(), dist.get_world_size() - dist.get_rank() - 1))
-    means, variances, counts = _SumOverRanks.apply(rows).split((x.shape[1], x.shape[1], 1), dim=1)  # (rank, channel)
-    share = counts / counts.sum()
-    mean = (share * means).sum(0)
-    variance = (share * (variances + (means - mean).square())).sum(0)
-    return mean, variance, counts.sum()
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Adds a tensor over the ranks; each rank's gradient is the sum of all, since its part entered every sum."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:  # noqa: ARG004
-        total = part.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _channels_last(image: Image) -> Image:
-    """Lays an image out with its one channel last, which torch takes it for already, whatever its strides say; but
-    then the first stage would compute channel by channel, and a training step take an eighth longer on a CPU."""
-    return image.contiguous().squeeze(1).unsqueeze(-1).movedim(-1, 1)
 
 
 def _within(length: Lengths, image: Float[Tensor, "batch channel row column"]) -> Float[Tensor, "batch 1 1 column"]:

@@ -1,9 +1,10 @@
-"""Waveforms -> logits: log-mel, stem, timm's transformer encoder, head."""
+"""Waveforms -> logits: log-mel, stem, timm's transformer encoder, head; or a convolutional network."""
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from meamtm.config import RunConfig
+from meamtm.model.cnn import ConvNet
 from meamtm.model.encoder import Encoder
 from meamtm.model.mel import MelLayer
 
@@ -18,7 +19,7 @@ class AudioTransformer(nn.Module):
     def __init__(self, config: RunConfig, num_labels: int) -> None:
         super().__init__()
         self.mel = MelLayer(config.mel)
-        self.encoder = Encoder(config.encoder, (config.mel.num_bands, config.num_frames), num_labels)
+        self.encoder = make_encoder(config, num_labels)
         self.encoder.set_grad_checkpointing(config.train.grad_checkpointing)
 
     def forward(
@@ -50,3 +51,9 @@ class AudioTransformer(nn.Module):
 
     def _num_frames(self, num_samples: Int[Tensor, " batch"] | None) -> Int[Tensor, " batch"] | None:
         return None if num_samples is None else self.mel.num_frames(num_samples)
+
+
+def make_encoder(config: RunConfig, num_labels: int) -> Encoder | ConvNet:
+    """Builds what lies behind the spectrogram; raises ConfigError where timm has no such network."""
+    build = Encoder if config.encoder.cnn == "none" else ConvNet
+    return build(config.encoder, (config.mel.num_bands, config.num_frames), num_labels)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from meamtm.config import OptimConfig, RunConfig
 from meamtm.errors import ConfigError
+from meamtm.model.cnn import ConvNet
 from meamtm.model.cost import weightless
 from meamtm.model.encoder import Encoder
 from meamtm.model.precision import is_bf16
@@ -44,7 +45,7 @@ def count_state(config: RunConfig, num_labels: int = 10) -> int:
     return sum(value.numel() for value in state if isinstance(value, Tensor))
 
 
-def _build(encoder: Encoder, basis: list[nn.Parameter], config: RunConfig) -> Optimizer:
+def _build(encoder: Encoder | ConvNet, basis: list[nn.Parameter], config: RunConfig) -> Optimizer:
     name, device = config.optim.name, next(encoder.parameters()).device
     groups = _groups(encoder, basis, config.optim)
     try:
@@ -70,7 +71,7 @@ def _multiply_in_float32(optimizer: muon.Muon) -> None:
     optimizer.register_step_post_hook(lambda *_: setattr(muon, "zeropower_via_newtonschulz", in_bf16))
 
 
-def _groups(encoder: Encoder, basis: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+def _groups(encoder: Encoder | ConvNet, basis: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
     """Sorts weights by what the optimizer does to them; the encoder's come first, at the full rate.
 
     Adam moves a weight by about its rate in each step. At a tenth of the default rate a thousand steps all in one
