@@ -22,7 +22,7 @@ def way(name: str) -> Contender:
         import torch.nn.functional as F
 
         from meamtm.model import attention
-        from meamtm.training.step import set_up_heap
+        from meamtm.training.heap import set_up_heap
 
         def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             return ((query * query.shape[3] ** -0.5) @ key.transpose(2, 3)).softmax(3) @ value

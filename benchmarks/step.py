@@ -41,8 +41,9 @@ def ours(encoder: dict[str, Any], backend: str = "fft", precision: str = "bf16",
         from meamtm.config import RunConfig
         from meamtm.model.precision import autocast
         from meamtm.model.transformer import AudioTransformer
+        from meamtm.training.heap import set_up_heap
         from meamtm.training.prepare import TrainingBatch
-        from meamtm.training.step import make_learner, set_up_heap, train_step
+        from meamtm.training.step import make_learner, train_step
 
         waveform, labels = sounds(case["batch"])
         config = RunConfig.model_validate(

@@ -151,7 +151,7 @@ def train(
     if resume and newest(folder := run_folder(settings)) is None:
         raise MeamtmError(f"--resume: {folder} holds no checkpoint to continue; leave --resume out to begin")
     with stop_on_signal() as should_stop, bar() as progress:
-        outcome = run(settings, (epoch_bar(progress, settings.train.epochs),), should_stop)
+        outcome = run(settings, (epoch_bar(progress, settings.num_epochs),), should_stop)
     if outcome.was_done:
         typer.echo("this run is done; nothing was trained. Change a setting or `name` for another one.")
     if outcome.evaluation is not None:

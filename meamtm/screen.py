@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from meamtm.tracking import Listener, Metrics
 
 
+LOSSES = ("pretrain/loss", "train/loss")
+
+
 def run_commands(app: typer.Typer, program: str, words: Sequence[str] | None = None) -> None:
     """Runs what the command line says: 0 done, 2 the user's mistake in one line, 1 anything else."""
     # Threads that spin long while they wait take the core from those that work, and those that do not spin at all
@@ -62,7 +65,7 @@ def epoch_bar(progress: Progress, num_epochs: int, name: str = "training") -> "L
     task = progress.add_task(name, total=num_epochs)
 
     def show(metrics: "Metrics", step: int) -> None:
-        keys = [key for key in ("train/loss", "valid/accuracy", "valid/map") if key in metrics]
+        keys = [key for key in (*LOSSES, "valid/accuracy", "valid/map") if key in metrics]
         shown = "  ".join(f"{key} {metrics[key]:.3f}" for key in keys)
         progress.update(task, completed=step, description=shown or None)
         if progress.disable and shown:
@@ -73,7 +76,7 @@ def epoch_bar(progress: Progress, num_epochs: int, name: str = "training") -> "L
 
 def run_bars(progress: Progress, runs: "Mapping[str, RunConfig]") -> "Callable[[int, Metrics, int], None]":
     """A bar over all epochs of several runs and one for each run that is on its way, or a line per tenth of a run."""
-    lengths = [(name, run.train.epochs) for name, run in runs.items()]
+    lengths = [(name, run.num_epochs) for name, run in runs.items()]
     total = progress.add_task(f"{len(runs)} runs", total=sum(num_epochs for _, num_epochs in lengths))
     tasks: dict[int, TaskID] = {}
     done = dict.fromkeys(range(len(runs)), 0)
@@ -86,9 +89,14 @@ def run_bars(progress: Progress, runs: "Mapping[str, RunConfig]") -> "Callable[[
         progress.update(tasks[number], completed=step, visible=step < num_epochs)
         progress.update(total, completed=sum(done.values()))
         if progress.disable and (step == num_epochs or step % max(1, num_epochs // 10) == 0):
-            typer.echo(f"{name}: epoch {step}/{num_epochs}  train/loss {metrics['train/loss']:.3f}", err=True)
+            typer.echo(f"{name}: epoch {step}/{num_epochs}  {loss(metrics)}", err=True)
 
     return show
+
+
+def loss(metrics: "Metrics") -> str:
+    """Gives an epoch's loss, with its name."""
+    return next(f"{key} {metrics[key]:.3f}" for key in LOSSES if key in metrics)
 
 
 def bar() -> Progress:

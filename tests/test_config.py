@@ -122,6 +122,8 @@ ANOTHER: dict[str, Any] = {
     "distill.teacher": "runs/esc10-*",
     "distill.weight": 0.9,
     "distill.temperature": 2.0,
+    "pretrain.epochs": 5,
+    "pretrain.hidden": 0.4,
     "optim.name": "sgd",
     "optim.lr": 3e-4,
     "optim.weight_decay": 0.0,
@@ -181,6 +183,13 @@ REFUSED = [
     (
         {"encoder.cnn": "resnet18", "encoder.patchout": 0.5},
         "encoder.patchout=0.5 is for a transformer, and encoder.cnn=resnet18 takes its place; leave one of them out",
+    ),
+    (
+        {"encoder.cnn": "resnet18", "pretrain.epochs": 9},
+        (
+            "pretrain.epochs=9 is for a transformer, which has patches to guess, and encoder.cnn=resnet18 takes its "
+            "place; set pretrain.epochs=0"
+        ),
     ),
     (
         {"encoder.cnn": "resnet18", "train.grad_checkpointing": True},

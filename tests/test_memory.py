@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "the default": {"train.batch_size": 16},
     "small": {"mel.hop_ms": 25, "encoder.stem_channels": [16, 32, 64, 128], "train.precision": "float32"},
     "small, in parts": {"train.accumulation_steps": 4, "train.precision": "float32"},
+    "guessing": {"pretrain.epochs": 1, "train.ema_decay": 0, "train.batch_size": 16, "train.precision": "float32"},
     "wide stem": {"mel.hop_ms": 25, "train.batch_size": 64, "train.precision": "float32"},
     "patches": {"encoder.stem": "patch", "encoder.depth": 6, "encoder.heads": 3},
     "ast": AST | {"train.batch_size": 2},
@@ -52,8 +53,9 @@ import ctypes, gc, json, sys, threading, time
 import torch
 from meamtm.config import from_flat
 from meamtm.model.transformer import AudioTransformer
+from meamtm.training.heap import set_up_heap
 from meamtm.training.prepare import TrainingBatch
-from meamtm.training.step import make_learner, set_up_heap, train_step
+from meamtm.training.step import make_learner, train_step
 
 class Mallinfo2(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -67,7 +69,8 @@ def allocated():
     return heap.uordblks + heap.hblkhd
 
 def train(config, num_steps):
-    learner = make_learner(config, AudioTransformer(config, 10), torch.device("cpu"), 10, multi_label=False)
+    kind = {"multi_label": False, "pretrain": config.pretrain.epochs > 0}
+    learner = make_learner(config, AudioTransformer(config, 10), torch.device("cpu"), 10, **kind)
     num_clips = config.train.batch_size
     for step in range(num_steps):
         waveform = 0.1 * torch.randn(num_clips, config.clip_samples)

@@ -85,6 +85,20 @@ def test_two_ranks_give_the_first_20_losses_of_one_process(
     assert [row["valid/loss"] for row in rows] == pytest.approx(record.column("valid/loss"), abs=1e-4)
 
 
+def test_two_ranks_pre_train_as_one_process(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """All patches are hidden, since each rank draws its own; and then the run learns labels."""
+    changes = {**PLAIN, "pretrain.epochs": 10, "pretrain.hidden": 0.99, "optim.lr": 1e-3, **MODELS["patch"]}
+    changes |= {"train.batch_size": 60, "train.epochs": 5, "train.checkpoint_s": 1e6, "data.valid_fold": 2}
+    one, two = (tiny(packed, cache_dir, tmp_path / kind, changes) for kind in ("one", "two"))
+    record = Record()
+    train(one, local(one, record))
+    rows = _two_ranks(two, tmp_path / "rows.pt")
+    for key, among in (("pretrain/loss", slice(10)), ("train/loss", slice(10, 15))):
+        expected = [row[key] for row in record.rows[among]]
+        assert [row[key] for row in rows[among]] == pytest.approx(expected, abs=TOLERANCE["patch"])
+        assert expected[-1] < expected[0], "nothing was learned, so equal losses say nothing"
+
+
 def _rank_of_its_own_kind(rank: int, port: int, flat: dict, out: str) -> None:
     """As on two machines, of which one has bf16."""
     _join(rank, port)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ CHANGES = {
     "train.keep": "best",
 }
 """All that is random is on, and so is what remembers an earlier epoch."""
+PRETRAINED = {**CHANGES, "pretrain.epochs": 2, "train.epochs": 2}
 
 
 def assert_equal(first: Path, second: Path) -> None:
@@ -50,11 +52,12 @@ def science(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not key.startswith("time")} for row in rows]
 
 
+@pytest.mark.parametrize("changes", [CHANGES, PRETRAINED], ids=["labels", "patches first"])
 @pytest.mark.parametrize("stop_after", [3, 8, 10], ids=["mid-epoch", "end of an epoch", "mid-epoch again"])
 def test_stopped_and_resumed_equals_uninterrupted(
-    packed: Path, cache_dir: Path, tmp_path: Path, stop_after: int
+    packed: Path, cache_dir: Path, tmp_path: Path, stop_after: int, changes: dict[str, Any]
 ) -> None:
-    whole, parted = (tiny(packed, cache_dir, tmp_path / kind, CHANGES) for kind in ("whole", "parted"))
+    whole, parted = (tiny(packed, cache_dir, tmp_path / kind, changes) for kind in ("whole", "parted"))
     one, two = Record(), Record()
     train(whole, local(whole, one))
     steps = iter(range(1, 100))

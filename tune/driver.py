@@ -100,7 +100,7 @@ def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
         time_attr="epoch",
         metric=plan.config.metric,
         mode=plan.config.mode,
-        max_t=plan.base.train.epochs - 1,  # a trial that has reached its last epoch is left to end by itself
+        max_t=plan.base.num_epochs - 1,  # a trial that has reached its last epoch is left to end by itself
         grace_period=plan.grace_epochs,
         reduction_factor=plan.config.asha.reduction,
         stop_last_trials=False,

@@ -77,14 +77,14 @@ class Plan:
     @property
     def num_epochs(self) -> int:
         """Epochs of a trial, over all its folds."""
-        return self.base.train.epochs * max(1, len(self.config.inner_folds))
+        return self.base.num_epochs * max(1, len(self.config.inner_folds))
 
     @property
     def grace_epochs(self) -> int | None:
-        """Epochs that every trial gets before ASHA may end it; None where it ends none."""
+        """Epochs that every trial gets before ASHA may end it, those of pre-training too; None where it ends none."""
         asha = self.config.asha
         ends_early = asha.enabled and self.config.cost is None and asha.grace_epochs < self.base.train.epochs
-        return asha.grace_epochs if ends_early else None
+        return self.base.pretrain.epochs + asha.grace_epochs if ends_early else None
 
     def trial(self, number: int, point: Mapping[str, Value], seed: int | None = None) -> RunConfig:
         """One trial, in its own folder inside the study's; raises ConfigError where a point builds no run.
@@ -191,7 +191,7 @@ def _check_folds(plan: Plan) -> None:
 
 def _check_keys(plan: Plan) -> None:
     known = known_keys(RunConfig)
-    fixed = ("data.test_fold", "data.valid_fold", "data.path", "name", "runs_dir", "train.epochs")
+    fixed = ("data.test_fold", "data.valid_fold", "data.path", "name", "runs_dir", "train.epochs", "pretrain.epochs")
     for key in plan.space.ranges:
         if key not in known:
             near = nearest(key, known)

@@ -62,11 +62,11 @@ def _gather_folds(plan: Plan, run: RunConfig, folder: Path) -> None:
 
     if not plan.config.inner_folds:
         return
-    folds, gathered = Folds(plan.config.metric, plan.base.train.epochs), []
+    folds, gathered = Folds(plan.config.metric, plan.base.num_epochs), []
     for one in plan.runs(run):
         rows = read_rows(run_folder(one) / "metrics.jsonl")
         gathered += [folds.epoch(row) for row in rows]
-        if not rows or rows[-1]["step"] < plan.base.train.epochs:
+        if not rows or rows[-1]["step"] < plan.base.num_epochs:
             break
         folds.end(rows[-1])
     folder.mkdir(parents=True, exist_ok=True)

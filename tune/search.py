@@ -169,7 +169,7 @@ class TruthfulSearch(OptunaSearch):
 
     def _catch_up(self, trial: optuna.Trial, runs: Sequence[RunConfig]) -> None:
         """Reads epochs that a dead driver did not hear of; a run goes on after its checkpoint and skips them."""
-        folds = Folds(self.plan.config.metric, self.plan.base.train.epochs)
+        folds = Folds(self.plan.config.metric, self.plan.base.num_epochs)
         for run in runs:
             if (found := newest(run_folder(run))) is None:
                 return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from meamtm.config import differences, override, write_yaml
 from meamtm.data.packed import digest_of
 from meamtm.errors import CheckpointError, ConfigError, MeamtmError
+from meamtm.screen import loss
 from meamtm.tracking import warn_of_rest
 from meamtm.training.lock import held
 from tune.config import ACCURACY, MAP
@@ -174,7 +175,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
     write_yaml(plan.folder / "best.yaml", differences(config), header)
     tell(f"trial {trial.number} is the best; it trains again, {_on_what(plan)}and is tested once")
     with connected_for_now(), stop_asked() as should_stop:  # the next study's cluster may be another
-        (outcome,) = run_all([config], _epoch_lines(config.train.epochs, tell), should_stop)
+        (outcome,) = run_all([config], _epoch_lines(config.num_epochs, tell), should_stop)
     result = Result(
         study=plan.name,
         folder=str(plan.folder),
@@ -288,6 +289,6 @@ def _epoch_lines(epochs: int, tell: Tell) -> "Heard":
 
     def show(_number: int, metrics: "Metrics", step: int) -> None:
         if step == epochs or step % max(1, epochs // 10) == 0:
-            tell(f"epoch {step}/{epochs}  train/loss {metrics['train/loss']:.4f}")
+            tell(f"epoch {step}/{epochs}  {loss(metrics)}")
 
     return show

@@ -36,7 +36,7 @@ def run_trial(suggestion: dict[str, Any]) -> None:
 
     What the user can put right would go wrong again, so it is only reported; after other errors Tune may retry."""
     runs = [from_flat(run) for run in suggestion["runs"]]
-    folds = Folds(suggestion["metric"], runs[0].train.epochs)
+    folds = Folds(suggestion["metric"], runs[0].num_epochs)
     try:
         for run in runs:
             metrics = (_train_on_workers if run.scale.most_workers > 0 else _train_here)(run, folds)

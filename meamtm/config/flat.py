@@ -40,6 +40,8 @@ LATER: dict[str, Any] = {
     "distill.teacher": "none",
     "distill.weight": 0.5,
     "distill.temperature": 1.0,
+    "pretrain.epochs": 0,
+    "pretrain.hidden": 0.6,
 }
 """Keys that came when runs had been trained, and what those had been trained with: they keep their signatures."""
 

@@ -96,6 +96,19 @@ class DistillConfig(Section):
     )
 
 
+class PretrainConfig(Section):
+    """What the encoder learns of the training clips before it hears of labels: to guess hidden patches (Xie 2022)."""
+
+    epochs: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="passes over the training clips before those of train.epochs, with warm-up and schedule of their "
+        "own; 0: none",
+    )
+    hidden: float = Field(default=0.6, gt=0, lt=1, description="fraction of the patches that are hidden and guessed")
+
+
 class OptimConfig(Section):
     """Gradients -> new weights."""
 
@@ -195,6 +208,7 @@ class RunConfig(Section):
     mix: MixConfig = MixConfig()
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     scale: ScaleConfig = ScaleConfig()
@@ -204,6 +218,11 @@ class RunConfig(Section):
     def clip_samples(self) -> int:
         """Samples that the model hears at once."""
         return round(self.data.clip_s * self.mel.sample_rate_hz)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs as they are counted, those of pre-training first."""
+        return self.pretrain.epochs + self.train.epochs
 
     @property
     def num_frames(self) -> int:
@@ -224,6 +243,11 @@ class RunConfig(Section):
             )
         if self.encoder.cnn == "none":
             self._check_patches()
+        elif self.pretrain.epochs > 0:
+            raise ValueError(
+                f"pretrain.epochs={self.pretrain.epochs} is for a transformer, which has patches to guess, and "
+                f"encoder.cnn={self.encoder.cnn} takes its place; set pretrain.epochs=0"
+            )
         elif self.train.grad_checkpointing:
             raise ValueError(
                 f"train.grad_checkpointing=true computes layers twice, and batch norms of encoder.cnn="

@@ -47,7 +47,7 @@ def run_all(
 
 
 def _run_alone(number: int, config: RunConfig, heard: Heard, should_stop: Callable[[], bool]) -> Outcome:
-    listener = Listener(lambda metrics, step: heard(number, metrics, step) if "train/loss" in metrics else None)
+    listener = Listener(lambda metrics, step: heard(number, metrics, step) if "train/lr" in metrics else None)
     return run(config, [listener], should_stop)
 
 
@@ -137,7 +137,7 @@ def largest_peak_bytes(configs: Iterable[RunConfig]) -> int:
     """Estimates the most memory that a run allocates; those that differ in fold and seed alone allocate as much."""
     kinds: dict[Any, RunConfig] = {}
     for config in configs:
-        model = (config.mel, config.encoder, config.distill.teacher)
+        model = (config.mel, config.encoder, config.distill.teacher, config.pretrain)
         kinds[(config.data.path, config.data.clip_s, *model, config.optim, _seedless(config))] = config
     labels = {path: len(read_card(path).classes) for path in {config.data.path for config in kinds.values()}}
     return max(
@@ -169,6 +169,6 @@ class _Ear:
             return
         self._size_bytes = size_bytes
         for row in read_rows(self._path):
-            if "train/loss" in row and row["step"] > self._step:
+            if "train/lr" in row and row["step"] > self._step:
                 self._step = int(row["step"])
                 self._heard(self._number, row, self._step)

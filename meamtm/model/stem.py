@@ -24,6 +24,9 @@ Activation = Literal["relu", "gelu", "silu"]
 class Stem(nn.Module, ABC):
     """What timm asks of a patch embedding: the grid that an image of `img_size` (bands, frames) gives."""
 
+    stride: Size
+    """From one patch to the next."""
+
     def __init__(self, img_size: Size, patch_size: Size) -> None:
         super().__init__()
         self.img_size = img_size
@@ -123,6 +126,7 @@ class ConvStem(Stem):
         self, img_size: Size, embed_dim: int, channels: Sequence[int], activation: Activation = "relu", **_: object
     ) -> None:
         self.num_stages = len(channels)
+        self.stride = (2**self.num_stages, 2**self.num_stages)
         super().__init__(img_size, (2**self.num_stages, 2**self.num_stages))
         sizes = zip((1, *channels[:-1]), channels, strict=True)
         self.stages = nn.Sequential(*(_stage(fan_in, fan_out, activation) for fan_in, fan_out in sizes))

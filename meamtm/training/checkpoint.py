@@ -143,7 +143,7 @@ def checkpoint_in(folder: Path) -> Path | None:
 
 def is_trained(checkpoint: Path) -> bool:
     """Whether a checkpoint is of a run's last epoch."""
-    return read_record(checkpoint, to_train=False)["epoch"] >= load(checkpoint / "config.yaml").train.epochs
+    return read_record(checkpoint, to_train=False)["epoch"] >= load(checkpoint / "config.yaml").num_epochs
 
 
 def read_record(folder: Path, *, to_train: bool = True) -> dict[str, Any]:

@@ -6,7 +6,8 @@ trains; every storage that comes and goes is counted."""
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from meamtm.config import RunConfig, override
 from meamtm.data.cache import open_clips
 from meamtm.data.split import split_clips
 from meamtm.errors import ConfigError
+from meamtm.model.cnn import ConvNet
 from meamtm.model.cost import cost, weightless
+from meamtm.model.encoder import Encoder
+from meamtm.model.masked import MaskedPrediction
 from meamtm.model.precision import is_bf16
 from meamtm.training.optim import count_state
 from meamtm.training.prepare import training_loader
@@ -41,26 +45,44 @@ def peak_training_bytes(
     """
     num_clips = -(-config.train.batch_size // max(config.scale.least_workers, 1))
     num_at_once = -(-num_clips // config.train.accumulation_steps)
-    encoder = weightless(config, num_labels).train()
-    encoder.set_grad_checkpointing(config.train.grad_checkpointing)
-    teaching = None if teacher is None else weightless(teacher, num_labels).eval()
-    models = [encoder] if teaching is None else [encoder, teaching]
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        for model in models:
-            _bring_to_cpu(model)
-        with _Count(models) as count:
-            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16(config, device), cache_enabled=False):
-                if teacher is not None and teaching is not None:
-                    with torch.no_grad():
-                        teaching(_image(teacher, config.clip_samples, num_at_once))
-                logits = encoder(_image(config, config.clip_samples, num_at_once))
-            logits.float().logsumexp(1).sum().backward()
-    weight_bytes = _weight_bytes(encoder)
-    teacher_bytes = 0 if teaching is None else _weight_bytes(teaching)
-    kept_copies = 1 + (config.train.ema_decay > 0) + (config.train.keep == "best")
     state_bytes = 4 * count_state(config, num_labels)
     waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
-    return count.peak_bytes + kept_copies * weight_bytes + teacher_bytes + state_bytes + waveform_bytes
+    most = _learning_bytes(config, num_labels, num_at_once, device, teacher)
+    if config.pretrain.epochs > 0:
+        most = max(most, _guessing_bytes(config, num_labels, num_at_once, device))
+    return most + state_bytes + waveform_bytes
+
+
+def _learning_bytes(
+    config: RunConfig, num_labels: int, num_clips: int, device: torch.device, teacher: RunConfig | None
+) -> int:
+    """Estimates what a step that learns labels takes at its peak, weights and their copies among it."""
+    encoder = _new_encoder(config, num_labels)
+    teaching = None if teacher is None else weightless(teacher, num_labels).eval()
+    models = [encoder] if teaching is None else [encoder, teaching]
+    with _counting(models) as count:
+        with _autocast(config, device):
+            if teacher is not None and teaching is not None:
+                with torch.no_grad():
+                    teaching(_image(teacher, config.clip_samples, num_clips))
+            logits = encoder(_image(config, config.clip_samples, num_clips))
+        logits.float().logsumexp(1).sum().backward()
+    kept_copies = 1 + (config.train.ema_decay > 0) + (config.train.keep == "best")
+    teacher_bytes = 0 if teaching is None else _weight_bytes(teaching)
+    return count.peak_bytes + kept_copies * _weight_bytes(encoder) + teacher_bytes
+
+
+def _guessing_bytes(config: RunConfig, num_labels: int, num_clips: int, device: torch.device) -> int:
+    """Estimates the same of a step that guesses hidden patches."""
+    encoder = _new_encoder(config, num_labels)
+    assert isinstance(encoder, Encoder), "a config refuses to pre-train what has no patches"
+    with torch.device("meta"):
+        masked = MaskedPrediction(encoder, config.pretrain.hidden).train()
+    with _counting([masked]) as count:
+        with _autocast(config, device):
+            errors = masked(_image(config, config.clip_samples, num_clips))
+        errors.sum().backward()
+    return count.peak_bytes + _weight_bytes(masked)
 
 
 def checkpoint_bytes(config: RunConfig, num_labels: int = 10) -> int:
@@ -107,6 +129,27 @@ def memory_limit_bytes(cgroups: Path, mine: Path = Path("/proc/self/cgroup")) ->
                 text = (folder / name).read_text().strip()
                 limits += [int(text)] if text.isdigit() else []  # or "max"
     return min(limits)
+
+
+def _new_encoder(config: RunConfig, num_labels: int) -> Encoder | ConvNet:
+    encoder = weightless(config, num_labels).train()
+    encoder.set_grad_checkpointing(config.train.grad_checkpointing)
+    return encoder
+
+
+def _autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """Computes on this CPU in the precision of a device."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=is_bf16(config, device), cache_enabled=False)
+
+
+@contextmanager
+def _counting(models: Sequence[nn.Module]) -> "Iterator[_Count]":
+    """Counts what is made of models that have no memory."""
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        for model in models:
+            _bring_to_cpu(model)
+        with _Count(models) as count:
+            yield count
 
 
 class _Count(TorchDispatchMode):

@@ -15,12 +15,17 @@ from meamtm.errors import ConfigError
 from meamtm.model.cnn import ConvNet
 from meamtm.model.cost import weightless
 from meamtm.model.encoder import Encoder
+from meamtm.model.masked import MaskedPrediction
 from meamtm.model.precision import is_bf16
 from meamtm.model.transformer import AudioTransformer
 
+Network = Encoder | ConvNet | MaskedPrediction
 
-def make_optimizer(model: AudioTransformer, config: RunConfig) -> Optimizer:
+
+def make_optimizer(model: AudioTransformer | MaskedPrediction, config: RunConfig) -> Optimizer:
     """Builds timm's optimizer, without weight decay on biases, norms, position embeddings and a trained mel basis."""
+    if isinstance(model, MaskedPrediction):
+        return _build(model, [], config)
     return _build(model.encoder, list(model.mel.parameters()), config)
 
 
@@ -45,9 +50,9 @@ def count_state(config: RunConfig, num_labels: int = 10) -> int:
     return sum(value.numel() for value in state if isinstance(value, Tensor))
 
 
-def _build(encoder: Encoder | ConvNet, basis: list[nn.Parameter], config: RunConfig) -> Optimizer:
-    name, device = config.optim.name, next(encoder.parameters()).device
-    groups = _groups(encoder, basis, config.optim)
+def _build(network: Network, basis: list[nn.Parameter], config: RunConfig) -> Optimizer:
+    name, device = config.optim.name, next(network.parameters()).device
+    groups = _groups(network, basis, config.optim)
     try:
         options = {} if device.type == "meta" else _fused(name)
         optimizer = create_optimizer_v2(groups, opt=name, lr=config.optim.lr, **options)
@@ -71,14 +76,14 @@ def _multiply_in_float32(optimizer: muon.Muon) -> None:
     optimizer.register_step_post_hook(lambda *_: setattr(muon, "zeropower_via_newtonschulz", in_bf16))
 
 
-def _groups(encoder: Encoder | ConvNet, basis: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
-    """Sorts weights by what the optimizer does to them; the encoder's come first, at the full rate.
+def _groups(network: Network, basis: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """Sorts weights by what the optimizer does to them; the network's come first, at the full rate.
 
     Adam moves a weight by about its rate in each step. At a tenth of the default rate a thousand steps all in one
     direction move the root of the basis by 0.1, about what a triangle's peak has (0.04 to 0.18 for `slaney`): bands may
     change their form, and cannot be gone after a hundred steps.
     """
-    groups = param_groups_weight_decay(encoder, config.weight_decay, no_weight_decay_list=encoder.no_weight_decay())
+    groups = param_groups_weight_decay(network, config.weight_decay, no_weight_decay_list=network.no_weight_decay())
     mel = {
         "params": basis,
         "weight_decay": 0.0,

@@ -63,7 +63,8 @@ def training_batches(
 
     What is random comes from (seed, epoch, batch, rank) alone, so a resumed run needs no random state.
     """
-    mixed = epoch < round(config.mix.until * config.train.epochs, 6)  # 0.14 x 50 are 7.000000000000001
+    until = round(config.mix.until * config.train.epochs, 6)  # 0.14 x 50 are 7.000000000000001
+    mixed = epoch < config.pretrain.epochs + until
     for number, batch in enumerate(loader.epoch(epoch, start), start):
         yield prepare(batch, config, device, step_seed(config.train.seed, epoch, number, rank), mixed=mixed)
 

@@ -123,7 +123,7 @@ def finished(config: RunConfig) -> Outcome | None:
     card = read_card(config.data.path)
     check_origin(checkpoint, Labels(card.classes, card.multi_label, card.digest), config.data.path)
     record = read_record(checkpoint)
-    if record["epoch"] < config.train.epochs or (_holds_out(config) and not is_tested(config)):
+    if record["epoch"] < config.num_epochs or (_holds_out(config) and not is_tested(config)):
         return None
     evaluation = evaluate(checkpoint, here=config) if _holds_out(config) else None
     return Outcome(folder, checkpoint, record["metrics"], evaluation, was_done=True)
@@ -188,7 +188,7 @@ def send_rest(config: RunConfig) -> None:
         with held(folder):
             sink = open_mlflow(config.tracking, folder, run_name(config))
             marks = tags(config) if sink.run_id is None else {}  # a run that is known has those of when it was trained
-            sink.start(flatten(config), marks, from_step=config.train.epochs)
+            sink.start(flatten(config), marks, from_step=config.num_epochs)
             with sink:
                 _hand_over(folder, sink)
     except MeamtmError as error:

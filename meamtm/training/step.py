@@ -1,7 +1,5 @@
 """One batch forward and back, and the state that it moves."""
 
-import ctypes
-import gc
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from meamtm.config import RunConfig, override
+from meamtm.model.encoder import Encoder
+from meamtm.model.masked import MaskedPrediction
 from meamtm.model.precision import autocast, is_bf16
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.loss import clip_losses, distillation_losses
@@ -69,6 +69,8 @@ class Learner:
     multi_label: bool
     steps_per_epoch: int
     teacher: Teacher | None = None
+    masked: MaskedPrediction | None = None
+    """What guesses hidden patches, as long as the encoder is pre-trained."""
     epoch: int = 0
     batch: int = 0
     losses: list[Tensor] = field(default_factory=list)
@@ -80,6 +82,16 @@ class Learner:
     def evaluated(self) -> AudioTransformer:
         """What is validated: the averaged weights where there are any."""
         return self.ema.module if self.ema is not None else self.model  # type: ignore[return-value]
+
+    @property
+    def moved(self) -> nn.Module:
+        """What a step moves the weights of."""
+        return self.model if self.masked is None else self.masked
+
+    @property
+    def phase(self) -> str:
+        """What the epochs at hand are for, as their loss is called."""
+        return "train" if self.masked is None else "pretrain"
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -97,29 +109,44 @@ def make_learner(
     rank: int = 0,
     world_size: int = 1,
     teacher: Teacher | None = None,
+    pretrain: bool = False,
 ) -> Learner:
-    """Puts a new model on its device, with optimizer, averaged copy and, for several ranks, gradient averaging."""
+    """Puts a model on its device, with optimizer, averaged copy and, for several ranks, gradient averaging.
+
+    With `pretrain` its encoder learns to guess hidden patches, and nothing is averaged meanwhile.
+    """
     model = model.to(device)
-    parallel: nn.Module = model
+    masked = _masked(model, config).to(device) if pretrain else None
+    moved = model if masked is None else masked
+    parallel: nn.Module = moved
     if world_size > 1:
-        devices = [device] if device.type == "cuda" else None
         parallel = DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True, **_keep_buffers()
-        )  # or gradients would be there twice
+            moved,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # or gradients would be there twice
+            find_unused_parameters=pretrain,  # the head, and what pools
+            **_keep_buffers(),
+        )
     decay = config.train.ema_decay
-    ema = Average(model, decay) if decay > 0 else None
+    ema = Average(model, decay) if decay > 0 and not pretrain else None
     return Learner(
         config,
         model,
         parallel,
-        make_optimizer(model, _of_all_ranks(config, device) if world_size > 1 else config),
+        make_optimizer(moved, _of_all_ranks(config, device) if world_size > 1 else config),
         ema,
         rank,
         world_size,
         multi_label,
         steps_per_epoch,
         teacher,
+        masked,
     )
+
+
+def _masked(model: AudioTransformer, config: RunConfig) -> MaskedPrediction:
+    assert isinstance(model.encoder, Encoder), "a config refuses to pre-train what has no patches"
+    return MaskedPrediction(model.encoder, config.pretrain.hidden).train()
 
 
 def _of_all_ranks(config: RunConfig, device: torch.device) -> RunConfig:
@@ -128,36 +155,6 @@ def _of_all_ranks(config: RunConfig, device: torch.device) -> RunConfig:
     able = torch.tensor([float(is_bf16(config, device))], device=device)
     dist.all_reduce(able, dist.ReduceOp.MIN)
     return override(config, {"train.precision": "bf16" if able.item() else "float32"})
-
-
-def set_up_heap(*, sparing: bool) -> None:
-    """Lets glibc keep what a step frees for the next one, or, where memory is scarce, give it back at once.
-
-    Activations are megabytes each, and by itself glibc gives those back that are alone at the heap's end. Kept, they
-    need not be faulted in again, but the heap breaks into fragments: ESC-10's small model trains 10 % faster, and AST
-    with checkpointing holds 980 MB for the 530 MB that it uses. Given back it holds 545, and takes a fifth longer. Both
-    were measured on a virtual machine of two cores (docs/log.md). Elsewhere than on glibc this does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    if sparing:
-        mallopt(-4, 65_536)  # M_MMAP_MAX: as at first, whatever an earlier run of this process wanted
-        mallopt(-3, 4 * 2**20)  # M_MMAP_THRESHOLD: blocks from 4 MB on are mapped on their own
-    else:
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is not given back
-
-
-def settle_objects() -> None:
-    """Keeps Python's garbage collector from walking again and again through what is there to stay.
-
-    Ray, MLflow and torch leave a million objects, through which a full collection takes a quarter of a second, some
-    1 % of a small model's epochs. What is garbage already is collected first.
-    """
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
 
 
 def _keep_buffers() -> dict[str, Any]:
@@ -171,7 +168,7 @@ def train_step(learner: Learner, batch: TrainingBatch) -> None:
     parts = [_taught(learner, part) for part in _parts(learner, batch)]
     loss = _gradients(learner, parts)
     if learner.config.optim.sam_rho > 0:
-        with worst_nearby(learner.model, learner.config.optim.sam_rho):
+        with worst_nearby(learner.moved, learner.config.optim.sam_rho):
             _gradients(learner, parts)
     _update(learner)
     learner.losses.append(loss)
@@ -200,7 +197,7 @@ def _parts(learner: Learner, batch: TrainingBatch) -> list[TrainingBatch]:
 
 def _taught(learner: Learner, part: TrainingBatch) -> TrainingBatch:
     """Asks the teacher, if there is one, about the clips as they are mixed, with nothing masked."""
-    if learner.teacher is None:
+    if learner.teacher is None or learner.masked is not None:
         return part
     with torch.no_grad(), autocast(learner.config, part.waveform.device):
         return replace(part, teacher_logits=learner.teacher.model(part.waveform).float())
@@ -208,6 +205,22 @@ def _taught(learner: Learner, part: TrainingBatch) -> TrainingBatch:
 
 def _forward_and_back(learner: Learner, part: TrainingBatch) -> Tensor:
     """Adds to the gradients what these clips of a batch give, and returns the sum of their losses."""
+    losses = _errors(learner, part) if learner.masked is not None else _losses(learner, part)
+    loss = losses.sum() * learner.world_size / part.num_global  # ranks average gradients, clips count alike
+    loss.backward()
+    return losses.detach().sum()
+
+
+def _errors(learner: Learner, part: TrainingBatch) -> Tensor:
+    """Gives by how much the guess of each clip's hidden patches is wrong."""
+    with torch.no_grad():
+        image = learner.model.image(part.waveform)
+    with autocast(learner.config, image.device):
+        return learner.parallel(image)
+
+
+def _losses(learner: Learner, part: TrainingBatch) -> Tensor:
+    """Gives each clip's loss, and within it the distance from what a teacher says."""
     config = learner.config
     with autocast(config, part.waveform.device):
         logits = learner.parallel(part.waveform, part.mask)
@@ -217,9 +230,7 @@ def _forward_and_back(learner: Learner, part: TrainingBatch) -> Tensor:
     if (teacher := part.teacher_logits) is not None:
         distances = distillation_losses(logits, teacher, multi_label=multi_label, temperature=temperature)
         losses = losses.lerp(distances, config.distill.weight)
-    loss = losses.sum() * learner.world_size / part.num_global  # ranks average gradients, clips count alike
-    loss.backward()
-    return losses.detach().sum()
+    return losses
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -234,8 +245,12 @@ def _seed(seed: int, device: torch.device) -> None:
 
 def _update(learner: Learner) -> None:
     optim = learner.config.optim
-    step = learner.epoch * learner.steps_per_epoch + learner.batch
-    num_steps = learner.config.train.epochs * learner.steps_per_epoch
+    pretrain, train = learner.config.pretrain, learner.config.train
+    epoch, epochs = learner.epoch - pretrain.epochs, train.epochs
+    if learner.masked is not None:
+        epoch, epochs = learner.epoch, pretrain.epochs
+    step = epoch * learner.steps_per_epoch + learner.batch
+    num_steps = epochs * learner.steps_per_epoch
     if optim.clip_grad > 0:
         weights = [weight for group in learner.optimizer.param_groups for weight in group["params"]]
         torch.nn.utils.clip_grad_norm_(weights, optim.clip_grad, foreach=True)  # 3x faster on a CPU

@@ -23,10 +23,11 @@ from meamtm.training.checkpoint import Labels, check_origin, load_state, load_we
 from meamtm.training.context import Context, Stopped
 from meamtm.training.deterministic import deterministic
 from meamtm.training.evaluate import classify
+from meamtm.training.heap import set_up_heap, settle_objects
 from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches, training_loader
 from meamtm.training.recalibrate import recalibrate
-from meamtm.training.step import Best, Learner, make_learner, set_up_heap, settle_objects, train_step
+from meamtm.training.step import Best, Learner, make_learner, train_step
 from meamtm.training.teacher import load_teacher
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
     metrics = _resume(learner, context, labels)
     last_save_s = time.monotonic()
     settle_objects()
-    while learner.epoch < config.train.epochs:
+    while learner.epoch < config.num_epochs:
         began_s = time.monotonic()
         cursor = {"epoch": learner.epoch, "start": learner.batch, "rank": context.rank}
         for batch in training_batches(loader, config, context.device, **cursor):
@@ -67,19 +68,28 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
                     f"stopped after {learner.epoch} epochs and {learner.batch} batches; the same command continues"
                 )
         metrics = _finish_epoch(learner, loader.num_heard)
-        is_last, keeps_best = learner.epoch == config.train.epochs, config.train.keep == "best"
-        if config.train.recalibrate and (is_last or keeps_best):
-            ranks = {"rank": context.rank, "world_size": context.world_size}
-            recalibrate(learner.evaluated, config, clips, split.train, **ranks)
-        metrics |= _validate(learner, clips, split.valid, context)
-        if keeps_best:
-            metrics |= _keep_best(learner, metrics)
+        is_last = learner.epoch == config.num_epochs
+        if learner.masked is None:
+            metrics |= _assess(learner, clips, split, context, is_last=is_last)
+        elif learner.epoch == config.pretrain.epochs:
+            done = {"multi_label": clips.multi_label, "epoch": learner.epoch}
+            learner = _learner(config, context, learner.model, loader.num_batches, **done)
         metrics["time/epoch_s"] = time.monotonic() - began_s
         is_due = _agreed(is_last or time.monotonic() - last_save_s >= config.train.checkpoint_s, learner)
         context.report(metrics, _save(learner, labels, metrics) if is_due and context.rank == 0 else None)
         if is_due:
             last_save_s = time.monotonic()
     return metrics
+
+
+def _assess(learner: Learner, clips: Clips, split: Split, context: Context, *, is_last: bool) -> dict[str, float]:
+    """Validates what has been learnt so far, and with `train.keep=best` keeps it if it is the best."""
+    config, keeps_best = learner.config, learner.config.train.keep == "best"
+    if config.train.recalibrate and (is_last or keeps_best):
+        ranks = {"rank": context.rank, "world_size": context.world_size}
+        recalibrate(learner.evaluated, config, clips, split.train, **ranks)
+    metrics = _validate(learner, clips, split.valid, context)
+    return metrics | (_keep_best(learner, metrics) if keeps_best else {})
 
 
 def _warn_of_scratch(optim: OptimConfig) -> None:
@@ -97,26 +107,40 @@ def _warn_of_scratch(optim: OptimConfig) -> None:
 def _start(config: RunConfig, context: Context, clips: Clips, split: Split, steps_per_epoch: int) -> Learner:
     torch.manual_seed(config.train.seed)
     model = AudioTransformer(config, len(clips.classes))
-    if context.resume_from() is None:
+    found = context.resume_from()
+    epoch = 0 if found is None else read_record(found)["epoch"]
+    if found is None:
         model.mel.fit(*_measure(model, clips, split.train, config.clip_samples))
         if config.encoder.pretrained != "none":
             borrowed = borrow(model.encoder, config.encoder)
             if context.rank == 0:
                 logger.info("%s", borrowed)
                 _warn_of_scratch(config.optim)
-    teacher = load_teacher(config, context.device)
+    return _learner(config, context, model, steps_per_epoch, multi_label=clips.multi_label, epoch=epoch)
+
+
+def _learner(
+    config: RunConfig, context: Context, model: AudioTransformer, steps_per_epoch: int, *, multi_label: bool, epoch: int
+) -> Learner:
+    """Makes what trains a model from an epoch on: for `pretrain.epochs` it guesses hidden patches, then, with a new
+    optimizer, it learns labels."""
+    pretrain = epoch < config.pretrain.epochs
+    teacher = None if pretrain else load_teacher(config, context.device)
     if teacher is not None and context.rank == 0:
         logger.info("taught by %s", teacher.checkpoint)
-    return make_learner(
+    learner = make_learner(
         config,
-        model,
+        model.train(),
         context.device,
         steps_per_epoch,
-        multi_label=clips.multi_label,
+        multi_label=multi_label,
         rank=context.rank,
         world_size=context.world_size,
         teacher=teacher,
+        pretrain=pretrain,
     )
+    learner.epoch = epoch
+    return learner
 
 
 @torch.no_grad()
@@ -145,6 +169,8 @@ def _resume(learner: Learner, context: Context, labels: Labels) -> dict[str, flo
     check_origin(folder, labels, learner.config.data.path)
     record, state = read_record(folder), load_state(folder)
     learner.model.load_state_dict(state["model"])
+    if learner.masked is not None:
+        learner.masked.decoder.load_state_dict(state["decoder"])
     learner.optimizer.load_state_dict(state["optimizer"])
     if learner.ema is not None:
         learner.ema.module.load_state_dict(state["ema"])
@@ -174,6 +200,8 @@ def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Pat
         "ema": learner.ema.module.state_dict() if learner.ema is not None else {},
         "losses": learner.losses,
     }
+    if learner.masked is not None:
+        state["decoder"] = learner.masked.decoder.state_dict()
     if learner.teacher is not None:
         state["teacher"] = {"checkpoint": learner.teacher.checkpoint, "digest": learner.teacher.digest}
     if learner.best is not None:
@@ -188,13 +216,13 @@ def _finish_epoch(learner: Learner, num_clips: int) -> dict[str, float]:
     if not bool(losses.isfinite().all()):
         step = int((~losses.isfinite()).nonzero()[0])
         raise MeamtmError(
-            f"train/loss is {float(losses[step])} at step {step} of epoch {learner.epoch + 1}; "
+            f"{learner.phase}/loss is {float(losses[step])} at step {step} of epoch {learner.epoch + 1}; "
             f"lower optim.lr ({learner.config.optim.lr:g}) or set optim.clip_grad"
         )
     learner.epoch, learner.batch, learner.losses = learner.epoch + 1, 0, []
     return {
         "epoch": float(learner.epoch),
-        "train/loss": float(losses.sum()) / num_clips,
+        f"{learner.phase}/loss": float(losses.sum()) / num_clips,
         "train/lr": learner.optimizer.param_groups[0]["lr"],
     }
 
