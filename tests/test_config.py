@@ -173,6 +173,13 @@ SAME_RUN = {
 
 REFUSED = [
     (
+        {"encoder.pool": "deit"},
+        (
+            "encoder.pool=deit has a head that learns from a teacher alone, and there is none; set distill.teacher, or "
+            "encoder.pool=cls_dist"
+        ),
+    ),
+    (
         {"encoder.cnn": "resnet18", "encoder.preset": "ast_base"},
         "encoder.preset=ast_base is for a transformer, and encoder.cnn=resnet18 takes its place; leave one of them out",
     ),

@@ -71,8 +71,10 @@ class EncoderConfig(Section):
         description="joint: of all patches; locality: of all but a token's own, at a learnt temperature (Lee 2021); "
         "separable: along frequency and along time, block by block in turn (axial; Ristea 2022)",
     )
-    pool: Literal["mean", "cls", "cls_dist", "attention"] = Field(
-        default="mean", description="how tokens become one vector; cls_dist: mean of two tokens of their own, as AST"
+    pool: Literal["mean", "cls", "cls_dist", "deit", "attention"] = Field(
+        default="mean",
+        description="how tokens become one vector; cls_dist: mean of two tokens of their own, as AST; deit: two with "
+        "a head each, of which the second learns from distill.teacher alone (Touvron 2021)",
     )
     positions: Literal["joint", "separate"] = Field(
         default="joint", description="a learned vector for each patch, or one for its row plus one for its column"
@@ -159,7 +161,7 @@ class EncoderConfig(Section):
 
     def _check_separable(self) -> None:
         """Attention along one axis needs every patch in its place, and nothing beside patches."""
-        if self.pool.startswith("cls"):
+        if self.pool in ("cls", "cls_dist", "deit"):
             raise ValueError(
                 f"encoder.pool={self.pool} adds tokens that have no place on either axis, and "
                 "encoder.attention=separable attends along axes; set encoder.pool=mean or attention"

@@ -241,6 +241,11 @@ class RunConfig(Section):
                 f"data.valid_fold={self.data.valid_fold} is data.test_fold too, so choices would be made on the test; "
                 f"take another fold"
             )
+        if self.encoder.pool == "deit" and self.distill.teacher == "none":
+            raise ValueError(
+                f"encoder.pool={self.encoder.pool} has a head that learns from a teacher alone, and there is none; set "
+                f"distill.teacher, or encoder.pool=cls_dist"
+            )
         if self.encoder.cnn == "none":
             self._check_patches()
         elif self.pretrain.epochs > 0:

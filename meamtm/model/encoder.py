@@ -30,6 +30,7 @@ POOLS: dict[str, Literal["avg", "token", "map"]] = {
     "mean": "avg",
     "cls": "token",
     "cls_dist": "token",
+    "deit": "token",
     "attention": "map",
 }
 """Our words -> timm's."""
@@ -52,8 +53,8 @@ class Encoder(VisionTransformer):
             depth=config.depth,
             num_heads=config.heads,
             mlp_ratio=config.mlp_ratio,
-            class_token=config.pool in ("cls", "cls_dist"),
-            reg_tokens=1 if is_ast else 0,  # AST's distillation token
+            class_token=config.pool in ("cls", "cls_dist", "deit"),
+            reg_tokens=1 if config.pool in ("cls_dist", "deit") else 0,  # the distillation token
             pos_embed="none",
             dynamic_img_size=True,
             drop_rate=config.dropout,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from meamtm.config import RunConfig
 from meamtm.model.cnn import ConvNet
+from meamtm.model.distilled import DistilledEncoder
 from meamtm.model.encoder import Encoder
 from meamtm.model.mel import MelLayer
 
@@ -27,8 +28,10 @@ class AudioTransformer(nn.Module):
         waveform: Float[Tensor, "batch time"],
         mask: Bool[Tensor, "batch band frame"] | None = None,
         num_samples: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch label"]:
-        """Gives logits for samples in -1..1; masked cells of the spectrogram are set to the training clips' mean."""
+    ) -> Float[Tensor, "batch *head label"]:
+        """Gives logits for samples in -1..1; masked cells of the spectrogram are set to the training clips' mean.
+
+        In training with `encoder.pool=deit` there are those of two heads."""
         return self.encoder(self.image(waveform, mask, num_samples), self._num_frames(num_samples))
 
     def features(
@@ -55,5 +58,9 @@ class AudioTransformer(nn.Module):
 
 def make_encoder(config: RunConfig, num_labels: int) -> Encoder | ConvNet:
     """Builds what lies behind the spectrogram; raises ConfigError where timm has no such network."""
-    build = Encoder if config.encoder.cnn == "none" else ConvNet
-    return build(config.encoder, (config.mel.num_bands, config.num_frames), num_labels)
+    kind = Encoder
+    if config.encoder.cnn != "none":
+        kind = ConvNet
+    elif config.encoder.pool == "deit":
+        kind = DistilledEncoder
+    return kind(config.encoder, (config.mel.num_bands, config.num_frames), num_labels)

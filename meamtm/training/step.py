@@ -225,10 +225,11 @@ def _losses(learner: Learner, part: TrainingBatch) -> Tensor:
     with autocast(config, part.waveform.device):
         logits = learner.parallel(part.waveform, part.mask)
     logits, multi_label = logits.float(), learner.multi_label
+    answers, echoes = logits.unbind(1) if logits.ndim == 3 else (logits, logits)  # heads for labels and for a teacher
     smoothing, temperature = config.loss.label_smoothing, config.distill.temperature
-    losses = clip_losses(logits, part.target, multi_label=multi_label, smoothing=smoothing)
+    losses = clip_losses(answers, part.target, multi_label=multi_label, smoothing=smoothing)
     if (teacher := part.teacher_logits) is not None:
-        distances = distillation_losses(logits, teacher, multi_label=multi_label, temperature=temperature)
+        distances = distillation_losses(echoes, teacher, multi_label=multi_label, temperature=temperature)
         losses = losses.lerp(distances, config.distill.weight)
     return losses
 
