@@ -64,7 +64,7 @@ class MixConfig(Section):
         default=0.85,
         ge=0,
         le=1,
-        description="fraction of the epochs that mix; the others hear clips alone, as a test does",
+        description="fraction of train.epochs that mix; the others hear clips alone, as a test does",
     )
     alpha: float = Field(
         default=1.0, gt=0, le=20, description="the first clip's share is drawn from Beta(alpha, alpha)"
@@ -103,8 +103,8 @@ class PretrainConfig(Section):
         default=0,
         ge=0,
         le=100_000,
-        description="passes over the training clips before those of train.epochs, with warm-up and schedule of their "
-        "own; 0: none",
+        description="passes over the training clips, augmented and mixed, before those of train.epochs, with warm-up "
+        "and schedule of their own; 0: none",
     )
     hidden: float = Field(default=0.6, gt=0, lt=1, description="fraction of the patches that are hidden and guessed")
 
