@@ -199,6 +199,13 @@ REFUSED = [
         ),
     ),
     (
+        {"encoder.cnn": "resnet18", "train.accumulation_steps": 20},
+        (
+            "train.batch_size=32 in train.accumulation_steps=20 parts has parts of one clip, and encoder.cnn=resnet18 "
+            "normalises over several; raise the one or lower the other"
+        ),
+    ),
+    (
         {"encoder.cnn": "resnet18", "train.grad_checkpointing": True},
         (
             "train.grad_checkpointing=true computes layers twice, and batch norms of encoder.cnn=resnet18 would count "

@@ -18,7 +18,6 @@ from meamtm.training.checkpoint import is_trained, load_model, newest
 from meamtm.training.context import Stopped
 from meamtm.training.run import run_folder, run_here
 from meamtm.training.train import train
-from tune.history import judge
 
 SIZE = (32, 50)
 STEMS: dict[str, dict[str, Any]] = {
@@ -133,9 +132,3 @@ def test_a_loss_that_is_not_finite_is_called_what_it_is(packed: Path, cache_dir:
     message = r"^pretrain/loss is (nan|inf) at step \d+ of epoch \d; lower optim\.lr \(10\)"
     with pytest.raises(MeamtmError, match=message):
         run_here(tiny(packed, cache_dir, tmp_path, {"pretrain.epochs": 3, **wild}))
-
-
-def test_a_trial_that_ends_while_it_guesses_has_not_failed() -> None:
-    assert judge({"epoch": 3.0, "pretrain/loss": 0.9}, "valid/accuracy", 20) == "pruned"
-    assert judge({"failure": "no memory"}, "valid/accuracy", 20) == "failed"
-    assert judge({"epoch": 3.0, "train/loss": 0.9}, "valid/accuracy", 20) == "failed"

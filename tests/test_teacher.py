@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from tiny import PLAIN, tiny
+from tiny import PLAIN, Record, tiny
 from torch import Tensor
 
 from meamtm.config import RunConfig, flatten, from_flat, override, signature
@@ -21,7 +22,7 @@ from meamtm.distributed.side_by_side import largest_peak_bytes
 from meamtm.errors import CheckpointError, ConfigError
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training import memory
-from meamtm.training.checkpoint import load_model, newest
+from meamtm.training.checkpoint import load_model, load_state, newest
 from meamtm.training.context import Stopped
 from meamtm.training.loss import distillation_losses
 from meamtm.training.memory import check_memory, peak_training_bytes
@@ -113,6 +114,30 @@ def test_a_pupil_comes_to_say_what_its_teacher_says(packed: Path, cache_dir: Pat
         float(distillation_losses(each, expected, multi_label=False, temperature=1.0).mean()) for each in found
     )
     assert near < 0.5 * far
+
+
+def test_a_teacher_that_ends_while_its_pupil_guesses_is_not_sought(
+    packed: Path, cache_dir: Path, tmp_path: Path, runs: Path
+) -> None:
+    """The pupil found the only one when it began; another that could teach is there when labels are learnt."""
+    shutil.copytree(runs, tmp_path / "teachers")
+    (one,) = (path for path in (tmp_path / "teachers").glob("teacher-*") if folds_of(path) == 1)
+    begun = pupil(packed, cache_dir, tmp_path, tmp_path / "teachers", pretrain__epochs=2, train__epochs=1)
+
+    class Late(Record):
+        def log(self, metrics: Mapping[str, float], step: int) -> None:
+            super().log(metrics, step)
+            if step == 1:
+                shutil.copytree(one, one.with_name("teacher-other"))
+
+    late = Late()
+    outcome = run_here(begun, (late,))
+    assert late.column("step") == [1, 2, 3]
+    assert load_state(outcome.checkpoint)["teacher"]["checkpoint"].startswith(str(one))
+
+
+def folds_of(run: Path) -> int:
+    return yaml.safe_load((run / "config.yaml").read_text())["data"]["test_fold"]
 
 
 def test_a_run_that_was_stopped_goes_on_with_its_teacher(

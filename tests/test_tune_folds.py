@@ -152,6 +152,17 @@ def test_asha_ends_nobody_before_enough_trials_are_there_to_tell(study, reductio
     assert set(said[ends_at:]) == {TrialScheduler.STOP}
 
 
+@pytest.mark.parametrize("guessing", [0, 60])
+def test_rungs_lie_where_they_do_without_pre_training_and_begin_after_it(study, guessing: int) -> None:  # noqa: F811
+    words = ["asha.reduction=3", "asha.grace_epochs=10", "train.epochs=120", f"pretrain.epochs={guessing}"]
+    plan = load_plan(study, words)
+    scheduler: Any = make_scheduler(plan, open_study(plan))
+    rungs = sorted(epoch for epoch, _ in scheduler._brackets[0]._rungs)
+    assert rungs == [guessing + 10, guessing + 30, guessing + 90]
+    assert plan.grace_epochs == rungs[0]
+    assert plan.num_epochs == guessing + 120
+
+
 def test_asha_judges_no_epoch_of_a_trial_anew_when_it_goes_on_under_another_driver(study) -> None:  # noqa: F811
     """The first of six came to its rung when nobody else had; now, judged with the others, it would end there."""
     plan = load_plan(study, ["asha.reduction=2", "asha.grace_epochs=1", "train.epochs=40"])

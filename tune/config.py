@@ -21,7 +21,9 @@ class AshaConfig(Section):
 
     enabled: bool = Field(default=True, description="false: every trial trains to its end")
     grace_epochs: int = Field(
-        default=10, ge=1, description="epochs that every trial gets; from train.epochs on, all of them"
+        default=10,
+        ge=1,
+        description="epochs that every trial gets after pretrain.epochs; from train.epochs on, all",
     )
     reduction: float = Field(default=3.0, gt=1, le=100, description="of this many trials at a rung, about one goes on")
 

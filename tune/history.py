@@ -47,8 +47,6 @@ def open_study(plan: Plan) -> "Study":
 def judge(result: Mapping[str, Any] | None, objective: str, epochs: int) -> Outcome:
     """Says how a trial ended from what it reported last; one that did not reach its last epoch was stopped early."""
     value = (result or {}).get(objective)
-    if value is None and result and "pretrain/loss" in result:
-        return "pruned"
     if not result or result.get("failure") or value is None or not math.isfinite(value):
         return "failed"
     return "complete" if result.get("epoch", 0) >= epochs else "pruned"

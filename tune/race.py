@@ -60,6 +60,11 @@ class PatientBracket(_Bracket):
     """Rungs that end nobody before enough trials have come to tell: of three trials about one goes on, so the third may
     be the first to end. Ray's own would end the second, whatever it is, if the first was better."""
 
+    def __init__(self, *rungs: Any, begin: int, **options: Any) -> None:
+        """Takes what Ray's takes, and the epoch after which it begins to count."""
+        super().__init__(*rungs, **options)
+        self._rungs = [(begin + epoch, recorded) for epoch, recorded in self._rungs]
+
     def cutoff(self, recorded: Mapping[str, float]) -> Any:
         """What a trial must reach at a rung, given the others there; None while there are too few."""
         return super().cutoff(recorded) if len(recorded) + 1 >= self.rf else None
@@ -70,8 +75,9 @@ class RacingASHA(Race, ASHAScheduler):
 
     def __init__(self, plan: Plan, study: "Study", **options: Any) -> None:
         super().__init__(plan, study, **options)
-        rungs = (options["grace_period"], options["max_t"], options["reduction_factor"])
-        self._brackets = [PatientBracket(*rungs, 0, stop_last_trials=options["stop_last_trials"])]
+        begin = plan.base.pretrain.epochs  # a trial that guesses has nothing to be judged by
+        rungs = (options["grace_period"] - begin, options["max_t"] - begin, options["reduction_factor"], 0)
+        self._brackets = [PatientBracket(*rungs, begin=begin, stop_last_trials=options["stop_last_trials"])]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Takes a trial in, with the epochs that it had under an earlier driver: whatever was judged then is done."""

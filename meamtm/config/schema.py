@@ -253,6 +253,12 @@ class RunConfig(Section):
                 f"pretrain.epochs={self.pretrain.epochs} is for a transformer, which has patches to guess, and "
                 f"encoder.cnn={self.encoder.cnn} takes its place; set pretrain.epochs=0"
             )
+        elif self.train.batch_size < 2 * self.train.accumulation_steps:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} in train.accumulation_steps={self.train.accumulation_steps} "
+                f"parts has parts of one clip, and encoder.cnn={self.encoder.cnn} normalises over several; raise the "
+                f"one or lower the other"
+            )
         elif self.train.grad_checkpointing:
             raise ValueError(
                 f"train.grad_checkpointing=true computes layers twice, and batch norms of encoder.cnn="

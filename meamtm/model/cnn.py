@@ -12,7 +12,6 @@ from meamtm.config import EncoderConfig
 from meamtm.config.flat import nearest
 from meamtm.errors import ConfigError
 from meamtm.model.batch_norm import share_batch_norms
-from meamtm.model.stem import channels_last
 
 Image = Float[Tensor, "batch 1 band frame"]
 
@@ -25,24 +24,17 @@ class ConvNet(nn.Module):
     def __init__(self, config: EncoderConfig, image_size: tuple[int, int], num_labels: int) -> None:
         super().__init__()
         _check(config, image_size)
-        network = _build(config, num_labels).to(memory_format=torch.channels_last)  # type: ignore[reportCallIssue]
-        self.network = share_batch_norms(network)
-
-    @property
-    def head(self) -> nn.Module:
-        """What makes logits of an embedding."""
-        return self.network.get_classifier()  # type: ignore[reportCallIssue]
+        self.network = share_batch_norms(_build(config, num_labels))
 
     def forward(self, x: Image, num_frames: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch label"]:
         """Gives logits; clips of one batch are equally long."""
-        return self.head(self.embed(x, num_frames))
+        _check_lengths(num_frames)
+        return self.network(x)
 
     def embed(self, image: Image, num_frames: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch width"]:
-        """Gives one vector per clip: what the head sees."""
-        if num_frames is not None:
-            raise ValueError("a network of encoder.cnn hears what is beyond a clip's end; leave `num_samples` out")
-        features = self.network.forward_features(channels_last(image))  # type: ignore[reportCallIssue]
-        return self.network.forward_head(features, pre_logits=True)  # type: ignore[reportCallIssue]
+        """Gives one vector per clip: what the network's last layer sees, which may have a norm of its own."""
+        _check_lengths(num_frames)
+        return _embed(self.network, image)
 
     def no_weight_decay(self) -> set[str]:
         """Names what keeps its size, beside biases and norms."""
@@ -54,6 +46,16 @@ class ConvNet(nn.Module):
         assert not enable
 
 
+def _check_lengths(num_frames: Tensor | None) -> None:
+    if num_frames is not None:
+        raise ValueError("a network of encoder.cnn hears what is beyond a clip's end; leave `num_samples` out")
+
+
+def _embed(network: nn.Module, image: Image) -> Tensor:
+    features = network.forward_features(image)  # type: ignore[reportCallIssue]
+    return network.forward_head(features, pre_logits=True)  # type: ignore[reportCallIssue]
+
+
 def _build(config: EncoderConfig, num_labels: int) -> nn.Module:
     drops = {"drop_rate": config.dropout, "drop_path_rate": config.drop_path}
     wanted = {name: rate for name, rate in drops.items() if rate > 0}
@@ -62,31 +64,52 @@ def _build(config: EncoderConfig, num_labels: int) -> nn.Module:
 
 def _check(config: EncoderConfig, image_size: tuple[int, int]) -> None:
     """Passes a spectrogram through a network without weights; raises ConfigError where there is none, or it cannot."""
+    if "." in config.cnn:
+        raise ConfigError(
+            f"encoder.cnn={config.cnn}: names published weights, and these begin at random; write "
+            f"{config.cnn.partition('.')[0]}"
+        )
     if not timm.is_model(config.cnn):
         meant = nearest(config.cnn, timm.list_models())
         raise ConfigError(
             f"encoder.cnn={config.cnn}: timm has no such network"
             + (f"; did you mean {meant}?" if meant else "; timm.list_models('*net*') lists some")
         )
-    meta = torch.device("meta")
+    with torch.device("meta"):
+        network, image = _new(config), torch.empty(2, 1, *image_size)
+        _check_norms(config, network)
+        try:
+            num_axes = network.forward_features(image).ndim  # type: ignore[reportCallIssue]
+            embedding, logits = _embed(network, image), network(image)
+        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            bands, frames = image_size
+            why = error if str(error) else type(error).__name__
+            raise ConfigError(
+                f"encoder.cnn={config.cnn}: takes no spectrogram of {bands} x {frames} ({why}); take a convolutional "
+                f"network that any image fits, such as resnet10t, or raise mel.num_bands or data.clip_s"
+            ) from error
+    if (num_axes, embedding.ndim, logits.shape) != (4, 2, (2, 2)):
+        raise ConfigError(
+            f"encoder.cnn={config.cnn}: gives no map (batch, channel, row, column), one vector and logits of it; take "
+            f"a convolutional network, such as resnet10t"
+        )
+
+
+def _new(config: EncoderConfig) -> nn.Module:
     try:
-        with meta:
-            network = _build(config, num_labels=2)
+        return _build(config, num_labels=2)
     except TypeError as error:
+        key = "drop_path" if "drop_path_rate" in str(error) else "dropout"
         raise ConfigError(
-            f"encoder.cnn={config.cnn}: cannot be built so ({error}); set encoder.drop_path=0 and encoder.dropout=0"
+            f"encoder.cnn={config.cnn}: cannot be built so ({error}); set encoder.{key}=0, or take another network"
         ) from error
-    try:
-        image = torch.empty(2, 1, *image_size, device=meta)
-        num_axes = network.forward_features(image).ndim  # type: ignore[reportCallIssue]
-    except (AssertionError, AttributeError, RuntimeError) as error:
-        bands, frames = image_size
+
+
+def _check_norms(config: EncoderConfig, network: nn.Module) -> None:
+    """Refuses batch norms that ranks could not share: of vectors, where others are of maps."""
+    norms = [each for each in network.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    if other := next((each for each in norms if not isinstance(each, nn.BatchNorm2d)), None):
         raise ConfigError(
-            f"encoder.cnn={config.cnn}: takes no spectrogram of {bands} x {frames} ({error}); take a convolutional "
-            f"network that any image fits, such as resnet10t"
-        ) from error
-    if num_axes != 4:
-        raise ConfigError(
-            f"encoder.cnn={config.cnn}: gives no map (batch, channel, row, column); take a convolutional network, such "
-            f"as resnet10t"
+            f"encoder.cnn={config.cnn}: has a {type(other).__name__}, whose statistics several workers would not "
+            f"share; take another network, such as resnet10t"
         )

@@ -49,7 +49,7 @@ def peak_training_bytes(
     waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
     most = _learning_bytes(config, num_labels, num_at_once, device, teacher)
     if config.pretrain.epochs > 0:
-        most = max(most, _guessing_bytes(config, num_labels, num_at_once, device))
+        most = max(most, _guessing_bytes(config, num_labels, num_at_once, device, teacher))
     return most + state_bytes + waveform_bytes
 
 
@@ -72,8 +72,10 @@ def _learning_bytes(
     return count.peak_bytes + kept_copies * _weight_bytes(encoder) + teacher_bytes
 
 
-def _guessing_bytes(config: RunConfig, num_labels: int, num_clips: int, device: torch.device) -> int:
-    """Estimates the same of a step that guesses hidden patches."""
+def _guessing_bytes(
+    config: RunConfig, num_labels: int, num_clips: int, device: torch.device, teacher: RunConfig | None
+) -> int:
+    """Estimates the same of a step that guesses hidden patches, while a teacher waits."""
     encoder = _new_encoder(config, num_labels)
     assert isinstance(encoder, Encoder), "a config refuses to pre-train what has no patches"
     with torch.device("meta"):
@@ -82,7 +84,8 @@ def _guessing_bytes(config: RunConfig, num_labels: int, num_clips: int, device: 
         with _autocast(config, device):
             errors = masked(_image(config, config.clip_samples, num_clips))
         errors.sum().backward()
-    return count.peak_bytes + _weight_bytes(masked)
+    teacher_bytes = 0 if teacher is None else _weight_bytes(weightless(teacher, num_labels))
+    return count.peak_bytes + _weight_bytes(masked) + teacher_bytes
 
 
 def checkpoint_bytes(config: RunConfig, num_labels: int = 10) -> int:

@@ -28,7 +28,7 @@ from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches, training_loader
 from meamtm.training.recalibrate import recalibrate
 from meamtm.training.step import Best, Learner, make_learner, train_step
-from meamtm.training.teacher import load_teacher
+from meamtm.training.teacher import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 MAX_WINDOWS = 8
@@ -73,7 +73,7 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
             metrics |= _assess(learner, clips, split, context, is_last=is_last)
         elif learner.epoch == config.pretrain.epochs:
             done = {"multi_label": clips.multi_label, "epoch": learner.epoch}
-            learner = _learner(config, context, learner.model, loader.num_batches, **done)
+            learner = _learner(config, context, learner.model, learner.teacher, loader.num_batches, **done)
         metrics["time/epoch_s"] = time.monotonic() - began_s
         is_due = _agreed(is_last or time.monotonic() - last_save_s >= config.train.checkpoint_s, learner)
         context.report(metrics, _save(learner, labels, metrics) if is_due and context.rank == 0 else None)
@@ -116,18 +116,24 @@ def _start(config: RunConfig, context: Context, clips: Clips, split: Split, step
             if context.rank == 0:
                 logger.info("%s", borrowed)
                 _warn_of_scratch(config.optim)
-    return _learner(config, context, model, steps_per_epoch, multi_label=clips.multi_label, epoch=epoch)
+    teacher = load_teacher(config, context.device)  # once: others that could teach may end meanwhile
+    if teacher is not None and context.rank == 0:
+        logger.info("taught by %s", teacher.checkpoint)
+    return _learner(config, context, model, teacher, steps_per_epoch, multi_label=clips.multi_label, epoch=epoch)
 
 
 def _learner(
-    config: RunConfig, context: Context, model: AudioTransformer, steps_per_epoch: int, *, multi_label: bool, epoch: int
+    config: RunConfig,
+    context: Context,
+    model: AudioTransformer,
+    teacher: Teacher | None,
+    steps_per_epoch: int,
+    *,
+    multi_label: bool,
+    epoch: int,
 ) -> Learner:
     """Makes what trains a model from an epoch on: for `pretrain.epochs` it guesses hidden patches, then, with a new
     optimizer, it learns labels."""
-    pretrain = epoch < config.pretrain.epochs
-    teacher = None if pretrain else load_teacher(config, context.device)
-    if teacher is not None and context.rank == 0:
-        logger.info("taught by %s", teacher.checkpoint)
     learner = make_learner(
         config,
         model.train(),
@@ -137,7 +143,7 @@ def _learner(
         rank=context.rank,
         world_size=context.world_size,
         teacher=teacher,
-        pretrain=pretrain,
+        pretrain=epoch < config.pretrain.epochs,
     )
     learner.epoch = epoch
     return learner
