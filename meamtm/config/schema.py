@@ -248,23 +248,27 @@ class RunConfig(Section):
             )
         if self.encoder.cnn == "none":
             self._check_patches()
-        elif self.pretrain.epochs > 0:
+        else:
+            self._check_cnn()
+        return self
+
+    def _check_cnn(self) -> None:
+        cnn, train = self.encoder.cnn, self.train
+        if self.pretrain.epochs > 0:
             raise ValueError(
                 f"pretrain.epochs={self.pretrain.epochs} is for a transformer, which has patches to guess, and "
-                f"encoder.cnn={self.encoder.cnn} takes its place; set pretrain.epochs=0"
+                f"encoder.cnn={cnn} takes its place; set pretrain.epochs=0"
             )
-        elif self.train.batch_size < 2 * self.train.accumulation_steps:
+        if train.batch_size < 2 * train.accumulation_steps:
             raise ValueError(
-                f"train.batch_size={self.train.batch_size} in train.accumulation_steps={self.train.accumulation_steps} "
-                f"parts has parts of one clip, and encoder.cnn={self.encoder.cnn} normalises over several; raise the "
-                f"one or lower the other"
+                f"train.batch_size={train.batch_size} in train.accumulation_steps={train.accumulation_steps} parts has "
+                f"parts of one clip, and encoder.cnn={cnn} normalises over several; raise the one or lower the other"
             )
-        elif self.train.grad_checkpointing:
+        if train.grad_checkpointing:
             raise ValueError(
-                f"train.grad_checkpointing=true computes layers twice, and batch norms of encoder.cnn="
-                f"{self.encoder.cnn} would count clips twice; set it to false and raise train.accumulation_steps"
+                f"train.grad_checkpointing=true computes layers twice, and batch norms of encoder.cnn={cnn} would "
+                f"count clips twice; set it to false and raise train.accumulation_steps"
             )
-        return self
 
     def _check_patches(self) -> None:
         size = (self.mel.num_bands, self.num_frames)

@@ -55,12 +55,6 @@ class Stem(nn.Module, ABC):
         return max(self.patch_size) if as_scalar else self.patch_size
 
 
-def channels_last(image: Image) -> Image:
-    """Lays an image out with its one channel last, which torch takes it for already, whatever its strides say; but
-    then the first convolution would compute channel by channel, and a training step take an eighth longer on a CPU."""
-    return image.contiguous().squeeze(1).unsqueeze(-1).movedim(-1, 1)
-
-
 class _Patches(Stem):
     """Patches of one size; a stride below it makes them overlap (Gong 2021, section 2.1)."""
 
@@ -144,7 +138,7 @@ class ConvStem(Stem):
         """Gives the grid of patches, channels last."""
         image = self._long_enough(image)
         if torch.is_grad_enabled():  # without, as when batch norm's statistics are taken anew, sums stay the exact ones
-            image = channels_last(image)
+            image = _channels_last(image)
         image = self.stages(image) if num_frames is None else self._stages_by_length(image, num_frames)
         return self.proj(image).permute(0, 2, 3, 1)
 
@@ -160,6 +154,12 @@ class ConvStem(Stem):
                 image = layer(image)
             length = length // 2
         return image * _within(length, image)
+
+
+def _channels_last(image: Image) -> Image:
+    """Lays an image out with its one channel last, which torch takes it for already, whatever its strides say; but
+    then the first stage would compute channel by channel, and a training step take an eighth longer on a CPU."""
+    return image.contiguous().squeeze(1).unsqueeze(-1).movedim(-1, 1)
 
 
 def _within(length: Lengths, image: Float[Tensor, "batch channel row column"]) -> Float[Tensor, "batch 1 1 column"]:
