@@ -439,8 +439,9 @@ def _pattern(message: ast.expr) -> str:
             "encoder.pool",
             "max",
             (
-                "encoder.pool='max': input should be 'mean', 'cls', 'cls_dist' or 'attention'; "
-                "encoder.pool is: how tokens become one vector; cls_dist: mean of two tokens of their own, as AST "
+                "encoder.pool='max': input should be 'mean', 'cls', 'cls_dist', 'deit' or 'attention'; "
+                "encoder.pool is: how tokens become one vector; cls_dist: mean of two tokens of their own, as AST; "
+                "deit: two with a head each, of which the second learns from distill.teacher alone (Touvron 2021) "
                 "(default 'mean')"
             ),
         ),
