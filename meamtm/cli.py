@@ -128,7 +128,7 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
         f"{price.num_params:,} parameters, {price.num_tokens} tokens, "
         f"{price.num_macs / 1e6:,.0f} million MACs per clip, checkpoint {checkpoint_mb:,.1f} MB"
     )
-    peak_mb = peak_training_bytes(resolved, num_labels, teacher=_teacher(resolved)) / 1e6
+    peak_mb = peak_training_bytes(resolved, num_labels, teachers=_teachers(resolved)) / 1e6
     typer.echo(f"training allocates {peak_mb:,.0f} MB at its peak, in each process, beside Python and its libraries")
 
 
@@ -276,16 +276,16 @@ def _num_labels(config: "RunConfig") -> int:
         return 10
 
 
-def _teacher(config: "RunConfig") -> "RunConfig | None":
-    """Gives what the run's teacher is, if it has one and that is there."""
+def _teachers(config: "RunConfig") -> "list[RunConfig]":
+    """Gives what the run's teachers are, if it has any and they are there."""
     from meamtm.training.run import absolute
-    from meamtm.training.teacher import teacher_config
+    from meamtm.training.teacher import teacher_configs
 
     try:
-        return teacher_config(absolute(config)) if config.distill.teacher != "none" else None
+        return teacher_configs(absolute(config)) if config.distill.teacher != "none" else []
     except MeamtmError as error:
         typer.echo(f"{error}\nmemory is given without a teacher", err=True)
-        return None
+        return []
 
 
 if __name__ == "__main__":

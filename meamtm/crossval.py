@@ -42,7 +42,7 @@ from meamtm.training.predictions import (
     write_predictions,
 )
 from meamtm.training.run import Outcome, absolute, is_tested, run_folder, tags
-from meamtm.training.teacher import find_teacher
+from meamtm.training.teacher import find_teachers
 
 SUMMARY = "crossval.json"
 
@@ -149,7 +149,7 @@ def evaluate_runs(
         return done
     for run in runs.values():  # one that has no teacher is told now, not after the others have trained
         if not is_tested(run):
-            find_teacher(run)
+            find_teachers(run)
     with held(folder):
         outcomes = run_all(list(runs.values()), heard, should_stop)
         predictions = gather_predictions([_evaluation(outcome) for outcome in outcomes])

@@ -122,6 +122,7 @@ ANOTHER: dict[str, Any] = {
     "distill.teacher": "runs/esc10-*",
     "distill.weight": 0.9,
     "distill.temperature": 2.0,
+    "distill.ensemble": True,
     "pretrain.epochs": 5,
     "pretrain.hidden": 0.4,
     "optim.name": "sgd",

@@ -48,7 +48,7 @@ def test_labels_move_one_head_and_the_teacher_the_other(packed: Path, cache_dir:
     model, teacher = made(config), made(alone, seed=1).eval()
     waveform, target = 0.1 * torch.randn(4, config.clip_samples), torch.eye(3)[[0, 1, 2, 0]]
     learner = make_learner(
-        config, model, torch.device("cpu"), 10, multi_label=False, teacher=Teacher(teacher, "elsewhere", "0")
+        config, model, torch.device("cpu"), 10, multi_label=False, teachers=[Teacher(teacher, "elsewhere", "0")]
     )
     first, second = model.train()(waveform).unbind(1)
     labels = F.cross_entropy(first, target, label_smoothing=0.1, reduction="none")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +25,12 @@ from meamtm.model.transformer import AudioTransformer
 from meamtm.training import memory
 from meamtm.training.checkpoint import load_model, load_state, newest
 from meamtm.training.context import Stopped
-from meamtm.training.loss import distillation_losses
+from meamtm.training.loss import distillation_losses, logits_together
 from meamtm.training.memory import check_memory, peak_training_bytes
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.run import run_folder, run_here
 from meamtm.training.step import make_learner, train_step
-from meamtm.training.teacher import Teacher, find_teacher, load_teacher
+from meamtm.training.teacher import Teacher, find_teachers, load_teachers
 from tune.plan import load_plan
 from tune.study import run_study
 
@@ -76,6 +77,23 @@ def test_who_says_what_the_teacher_says_has_nothing_to_learn(multi_label: bool) 
     assert torch.autograd.grad(distance.sum(), ours)[0].abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_several_say_the_mean_of_their_probabilities(temperature: float) -> None:
+    answers = [logits(seed) for seed in range(3)]
+    one = logits_together(answers, multi_label=False, temperature=temperature)
+    expected = torch.stack([(each / temperature).softmax(1) for each in answers]).mean(0)
+    torch.testing.assert_close((one / temperature).softmax(1), expected)
+    several = logits_together(answers, multi_label=True, temperature=temperature)
+    expected = torch.stack([(each / temperature).sigmoid() for each in answers]).mean(0)
+    torch.testing.assert_close((several / temperature).sigmoid(), expected)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_several_that_are_as_sure_as_logits_can_be_stay_finite(multi_label: bool) -> None:
+    sure = 1e4 * logits(3)
+    assert logits_together([sure, -sure], multi_label=multi_label, temperature=1.0).isfinite().all()
+
+
 def test_a_step_weighs_labels_and_teacher(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
     """The teacher hears the clip as it is mixed, and its weights stay."""
     flat = {**PLAIN, "distill.teacher": "elsewhere", "distill.weight": 0.3, "distill.temperature": 2.0}
@@ -89,7 +107,7 @@ def test_a_step_weighs_labels_and_teacher(packed: Path, cache_dir: Path, tmp_pat
     mask[:, :5] = True
     before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
     device = torch.device("cpu")
-    learner = make_learner(config, model, device, 10, multi_label=False, teacher=Teacher(teacher, "elsewhere", "0"))
+    learner = make_learner(config, model, device, 10, multi_label=False, teachers=[Teacher(teacher, "elsewhere", "0")])
     ours = model.train()(waveform, mask)
     labels = F.cross_entropy(ours, target, label_smoothing=0.1, reduction="none")
     taught = distillation_losses(ours, teacher(waveform), multi_label=False, temperature=2.0)
@@ -104,8 +122,7 @@ def test_a_pupil_comes_to_say_what_its_teacher_says(packed: Path, cache_dir: Pat
     changes = {"distill__weight": 1.0, "train__epochs": 30, "train__checkpoint_s": 60}
     taught = run_here(pupil(packed, cache_dir, tmp_path, runs, **changes))
     untaught = run_here(tiny(packed, cache_dir, tmp_path, {"train.epochs": 30, "train.checkpoint_s": 60}))
-    teacher = load_teacher(pupil(packed, cache_dir, tmp_path, runs), torch.device("cpu"))
-    assert teacher is not None
+    (teacher,) = load_teachers(pupil(packed, cache_dir, tmp_path, runs), torch.device("cpu"))
     noise = 0.1 * torch.randn(64, 4_000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = teacher.model(noise)
@@ -133,7 +150,8 @@ def test_a_teacher_that_ends_while_its_pupil_guesses_is_not_sought(
     late = Late()
     outcome = run_here(begun, (late,))
     assert late.column("step") == [1, 2, 3]
-    assert load_state(outcome.checkpoint)["teacher"]["checkpoint"].startswith(str(one))
+    [taught_by] = load_state(outcome.checkpoint)["teachers"]
+    assert taught_by["checkpoint"].startswith(str(one))
 
 
 def folds_of(run: Path) -> int:
@@ -166,31 +184,96 @@ def test_a_run_does_not_go_on_with_another_teacher(packed: Path, cache_dir: Path
         run_here(config)
 
 
+def test_a_run_that_an_earlier_version_left_goes_on_with_its_teacher(
+    packed: Path, cache_dir: Path, tmp_path: Path, runs: Path
+) -> None:
+    """It kept the one that there could be under a key of its own."""
+    config = pupil(packed, cache_dir, tmp_path, runs)
+    answers = iter([False] * 5 + [True])
+    with pytest.raises(Stopped):
+        run_here(config, should_stop=lambda: next(answers))
+    checkpoint = newest(run_folder(config))
+    assert checkpoint is not None
+    state = load_state(checkpoint)
+    (state["teacher"],) = state.pop("teachers")
+    torch.save(state, checkpoint / "train_state.pt")
+    record = json.loads((checkpoint / "metrics.json").read_text())
+    record["files"]["train_state.pt"] = hashlib.sha256((checkpoint / "train_state.pt").read_bytes()).hexdigest()
+    (checkpoint / "metrics.json").write_text(json.dumps(record))
+    assert run_here(config).metrics["epoch"] == 4
+
+
 def test_the_teacher_has_the_run_s_folds_and_its_seed_where_there_are_several(
     packed: Path, cache_dir: Path, runs: Path
 ) -> None:
     def taught_by(**changes: Any) -> tuple[int | None, int]:
-        found = find_teacher(pupil(packed, cache_dir, runs, runs, **changes))
-        assert found is not None
+        (found,) = find_teachers(pupil(packed, cache_dir, runs, runs, **changes))
         teacher = load_model(found).config
         return teacher.data.test_fold, teacher.train.seed
 
     assert taught_by(data__test_fold=1) == taught_by(data__test_fold=1, train__seed=7) == (1, 0)
     assert taught_by(data__test_fold=2) == (2, 0)
     assert taught_by(data__test_fold=2, train__seed=1) == (2, 1)
-    assert find_teacher(tiny(packed, cache_dir, runs)) is None
-    assert find_teacher(pupil(packed, cache_dir, runs, runs, name="teacher")) is not None
+    assert find_teachers(tiny(packed, cache_dir, runs)) == []
+    assert len(find_teachers(pupil(packed, cache_dir, runs, runs, name="teacher"))) == 1
+
+
+def test_an_ensemble_is_all_that_have_the_run_s_folds(
+    packed: Path, cache_dir: Path, tmp_path: Path, runs: Path
+) -> None:
+    """Its pupil keeps who they are, and after a stop goes on with them alone."""
+    shutil.copytree(runs, tmp_path / "teachers")
+    together = {"data__test_fold": 2, "train__seed": 5, "distill__ensemble": True}
+    whole, config = (
+        pupil(packed, cache_dir, tmp_path / name, tmp_path / "teachers", **together) for name in ("whole", "stopped")
+    )
+    expected = find_teachers(config)
+    assert sorted(load_model(path).config.train.seed for path in expected) == [0, 1]
+    assert len(find_teachers(override(config, {"data.test_fold": 1}))) == 1
+    answers = iter([False] * 5 + [True])
+    with pytest.raises(Stopped):
+        run_here(config, should_stop=lambda: next(answers))
+    one, two = run_here(whole), run_here(config)
+    for outcome in (one, two):
+        assert [Path(known["checkpoint"]) for known in load_state(outcome.checkpoint)["teachers"]] == expected
+    for name, weight in load_model(one.checkpoint).model.state_dict().items():
+        torch.testing.assert_close(weight, load_model(two.checkpoint).model.state_dict()[name], rtol=0, atol=0)
+
+    third = override(config, {"name": "third"})
+    answers = iter([False] * 5 + [True])
+    with pytest.raises(Stopped):
+        run_here(third, should_stop=lambda: next(answers))
+    run_here(tiny(packed, cache_dir, tmp_path / "teachers", TEACHER | {"data.test_fold": 2, "train.seed": 2}))
+    first, second = (re.escape(str(path)) for path in expected)
+    with pytest.raises(CheckpointError, match=rf"was taught by {first}, {second}, and .* is now .*, .*, .*, which has"):
+        run_here(third)
+
+
+def test_a_step_learns_from_the_mean_of_its_teachers(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    flat = {**PLAIN, "distill.teacher": "elsewhere", "distill.weight": 1.0, "distill.ensemble": True}
+    config = tiny(packed, cache_dir, tmp_path, flat)
+    torch.manual_seed(0)
+    model, *teachers = (AudioTransformer(config, 3) for _ in range(3))
+    for teacher in teachers:
+        for weight in teacher.eval().encoder.head.parameters():  # which begins at zero
+            torch.nn.init.normal_(weight)
+    waveform = 0.1 * torch.randn(4, config.clip_samples)
+    named = [Teacher(teacher, "elsewhere", str(number)) for number, teacher in enumerate(teachers)]
+    learner = make_learner(config, model, torch.device("cpu"), 10, multi_label=False, teachers=named)
+    mean = torch.stack([teacher(waveform).softmax(1) for teacher in teachers]).mean(0)
+    expected = distillation_losses(model.train()(waveform), mean.log(), multi_label=False, temperature=1.0)
+    train_step(learner, TrainingBatch(waveform, torch.eye(3)[[0, 1, 2, 0]], None, 4, seed=0))
+    torch.testing.assert_close(learner.losses[0], expected.sum().detach())
 
 
 def test_a_run_does_not_teach_itself(packed: Path, cache_dir: Path, tmp_path: Path, runs: Path) -> None:
     (tmp_path / "teacher-1").symlink_to(run_folder(tiny(packed, cache_dir, runs, TEACHER)))
     config = pupil(packed, cache_dir, tmp_path, tmp_path, name="teacher-2")
-    before = find_teacher(config)
+    before = find_teachers(config)
     own = run_here(config)
     assert own.folder.match("teacher-2-*")
-    assert find_teacher(config) == before
-    assert before is not None
-    assert before.parent == tmp_path / "teacher-1"
+    assert find_teachers(config) == before
+    assert [path.parent for path in before] == [tmp_path / "teacher-1"]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +287,7 @@ def test_a_run_does_not_teach_itself(packed: Path, cache_dir: Path, tmp_path: Pa
         ({"data__test_fold": 3}, r"teacher-\w+ is not trained to its end"),
         (
             {"data__test_fold": 2, "train__seed": 5},
-            r"teacher-\w+, teacher-\w+ can each teach this run; name one of them",
+            r"teacher-\w+, teacher-\w+ can each teach this run; name one of them, or set distill.ensemble=true",
         ),
         ({"mel__sample_rate_hz": 16_000}, r"teacher-\w+ has mel.sample_rate_hz=8000, not 16000;"),
         ({"distill__teacher": "nowhere/at-all"}, r"^distill.teacher=.*at-all: no run there can teach this one; train"),
@@ -236,7 +319,7 @@ def test_a_config_that_no_longer_builds_is_named(packed: Path, cache_dir: Path, 
     record["files"]["config.yaml"] = hashlib.sha256((old / "config.yaml").read_bytes()).hexdigest()
     (old / "metrics.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=r"can teach this one \(teacher-old encoder.horns=4: no such key"):
-        find_teacher(pupil(packed, cache_dir, tmp_path, tmp_path / "runs"))
+        find_teachers(pupil(packed, cache_dir, tmp_path, tmp_path / "runs"))
 
 
 def test_a_cross_validation_has_a_teacher_for_each_fold_or_does_not_begin(
@@ -258,16 +341,15 @@ def test_a_cross_validation_may_teach_another_of_the_same_name(packed: Path, cac
         cross_validate(override(learner, changes), folds=[1])
     assert len(list(tmp_path.glob("same-*"))) == 8  # four runs and what each cross-validation found
     for seed in (0, 1):
-        found = find_teacher(override(learner, {"distill.weight": 0.8, "train.seed": seed}))
-        assert found is not None
-        assert found.parent == run_folder(teacher)
+        found = find_teachers(override(learner, {"distill.weight": 0.8, "train.seed": seed}))
+        assert [path.parent for path in found] == [run_folder(teacher)]
 
 
 def test_a_pupil_teaches_where_it_is_named(packed: Path, cache_dir: Path, tmp_path: Path, runs: Path) -> None:
     first = run_here(pupil(packed, cache_dir, tmp_path, runs))
     for teacher in (first.folder, first.checkpoint):
         second = pupil(packed, cache_dir, tmp_path, runs, name="second", distill__teacher=str(teacher))
-        assert find_teacher(second) == first.checkpoint
+        assert find_teachers(second) == [first.checkpoint]
 
 
 def test_a_study_looks_for_every_teacher_before_its_first_trial(
@@ -304,8 +386,12 @@ def test_memory_counts_the_teacher_and_what_it_hears(
     )
     weights = sum(weight.numel() * weight.element_size() for weight in saved.model.encoder.parameters())
     first_stage = 20 * 64 * 64 * teacher.num_frames * 4  # clips x channels x bands x frames, float32
-    assert peak_training_bytes(alone, teacher=teacher) > weights + 2 * first_stage
-    assert largest_peak_bytes([taught]) == peak_training_bytes(alone, teacher=teacher) > 2 * largest_peak_bytes([alone])
+    peak = peak_training_bytes(alone, teachers=[teacher])
+    assert peak > weights + 2 * first_stage
+    assert (
+        peak_training_bytes(alone, teachers=[teacher] * 3) == peak + 2 * weights
+    )  # they are heard one after the other
+    assert largest_peak_bytes([taught]) == peak > 2 * largest_peak_bytes([alone])
     monkeypatch.setattr(memory, "memory_limit_bytes", lambda _: 2 * peak_training_bytes(alone))
     check_memory(alone, torch.device("cpu"))
     with pytest.raises(ConfigError, match="GB at training's peak"):

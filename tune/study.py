@@ -92,13 +92,13 @@ def _check_teachers(plan: Plan) -> None:
     """Looks for the teacher of every run that the study may come to, so that the last is not missed after the others:
     of each seed of a trial's folds, and of what is chosen."""
     from meamtm.training.run import absolute
-    from meamtm.training.teacher import find_teacher
+    from meamtm.training.teacher import find_teachers
 
     base = absolute(plan.base)
     for seed in (base.train.seed, *finalist_seeds(plan)):
         for run in plan.runs(override(base, {"train.seed": seed})):
-            find_teacher(run)
-    find_teacher(absolute(plan.chosen({})))
+            find_teachers(run)
+    find_teachers(absolute(plan.chosen({})))
 
 
 def _check_digest(plan: Plan, known: str | None, digest: str) -> None:

@@ -40,6 +40,7 @@ LATER: dict[str, Any] = {
     "distill.teacher": "none",
     "distill.weight": 0.5,
     "distill.temperature": 1.0,
+    "distill.ensemble": False,
     "pretrain.epochs": 0,
     "pretrain.hidden": 0.6,
 }

@@ -83,12 +83,17 @@ class LossConfig(Section):
 
 
 class DistillConfig(Section):
-    """What another model teaches, beside the labels."""
+    """What other models teach, beside the labels."""
 
     teacher: Word = Field(
         default="none",
         description="run folder of a trained model, or a pattern such as runs/esc10-* of which the run with the same "
         "folds is taken: its answers are learnt too (Hinton 2015); none: labels alone",
+    )
+    ensemble: bool = Field(
+        default=False,
+        description="learn from all runs that the pattern finds for the same folds, whatever their seed or kind: the "
+        "mean of their probabilities",
     )
     weight: float = Field(default=0.5, gt=0, le=1, description="part of the loss that is the teacher's")
     temperature: float = Field(

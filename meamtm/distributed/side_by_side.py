@@ -15,7 +15,7 @@ from meamtm.training.context import Stopped
 from meamtm.training.memory import peak_training_bytes
 from meamtm.training.notes import POLL_S, is_told_to_stop, stop_sign
 from meamtm.training.run import Outcome, absolute, recall, run_folder, run_here
-from meamtm.training.teacher import teacher_config
+from meamtm.training.teacher import teacher_configs
 
 LIBRARIES_BYTES = 700_000_000
 """What a process with torch and MLflow holds before it trains."""
@@ -137,11 +137,11 @@ def largest_peak_bytes(configs: Iterable[RunConfig]) -> int:
     """Estimates the most memory that a run allocates; those that differ in fold and seed alone allocate as much."""
     kinds: dict[Any, RunConfig] = {}
     for config in configs:
-        model = (config.mel, config.encoder, config.distill.teacher, config.pretrain)
+        model = (config.mel, config.encoder, config.distill, config.pretrain)
         kinds[(config.data.path, config.data.clip_s, *model, config.optim, _seedless(config))] = config
     labels = {path: len(read_card(path).classes) for path in {config.data.path for config in kinds.values()}}
     return max(
-        peak_training_bytes(config, labels[config.data.path], teacher=teacher_config(config))
+        peak_training_bytes(config, labels[config.data.path], teachers=teacher_configs(config))
         for config in kinds.values()
     )
 

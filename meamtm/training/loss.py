@@ -1,4 +1,7 @@
-"""Logits, and targets or a teacher's logits -> the loss of each clip."""
+"""Logits, and targets or teachers' logits -> the loss of each clip."""
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,3 +37,17 @@ def distillation_losses(
     else:
         ours, theirs = (each.log_softmax(1) for each in both)
     return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).flatten(1).sum(1)
+
+
+def logits_together(
+    answers: Sequence[Float[Tensor, "batch label"]], *, multi_label: bool, temperature: float
+) -> Float[Tensor, "batch label"]:
+    """Gives logits that say, at a temperature, the mean of the probabilities that several say at it."""
+    if len(answers) == 1:
+        return answers[0]
+    each = torch.stack(tuple(answers)) / temperature
+    if multi_label:
+        mean = F.logsigmoid(each).logsumexp(0) - F.logsigmoid(-each).logsumexp(0)
+    else:
+        mean = each.log_softmax(2).logsumexp(0) - math.log(len(answers))
+    return temperature * mean

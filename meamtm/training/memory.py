@@ -28,54 +28,52 @@ from meamtm.model.masked import MaskedPrediction
 from meamtm.model.precision import is_bf16
 from meamtm.training.optim import count_state
 from meamtm.training.prepare import training_loader
-from meamtm.training.teacher import teacher_config
+from meamtm.training.teacher import teacher_configs
 
 CGROUPS = Path("/sys/fs/cgroup")
 CPU = torch.device("cpu")
 
 
 def peak_training_bytes(
-    config: RunConfig, num_labels: int = 10, device: torch.device = CPU, teacher: RunConfig | None = None
+    config: RunConfig, num_labels: int = 10, device: torch.device = CPU, teachers: Sequence[RunConfig] = ()
 ) -> int:
     """Estimates what one process's training allocates at its peak, beyond what Python and torch take by themselves.
 
-    Counted are weights, their moving average, what the optimizer keeps, gradients, activations, waveforms and a
-    teacher, with the kernels of a CPU and in the precision that the device has. What the system shows of a process is
+    Counted are weights, their moving average, what the optimizer keeps, gradients, activations, waveforms and
+    teachers, with the kernels of a CPU and in the precision that the device has. What the system shows of a process is
     more, by the fragments of its heap (docs/results.md).
     """
     num_clips = -(-config.train.batch_size // max(config.scale.least_workers, 1))
     num_at_once = -(-num_clips // config.train.accumulation_steps)
     state_bytes = 4 * count_state(config, num_labels)
     waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
-    most = _learning_bytes(config, num_labels, num_at_once, device, teacher)
+    most = _learning_bytes(config, num_labels, num_at_once, device, teachers)
     if config.pretrain.epochs > 0:
-        most = max(most, _guessing_bytes(config, num_labels, num_at_once, device, teacher))
+        most = max(most, _guessing_bytes(config, num_labels, num_at_once, device, teachers))
     return most + state_bytes + waveform_bytes
 
 
 def _learning_bytes(
-    config: RunConfig, num_labels: int, num_clips: int, device: torch.device, teacher: RunConfig | None
+    config: RunConfig, num_labels: int, num_clips: int, device: torch.device, teachers: Sequence[RunConfig]
 ) -> int:
     """Estimates what a step that learns labels takes at its peak, weights and their copies among it."""
     encoder = _new_encoder(config, num_labels)
-    teaching = None if teacher is None else weightless(teacher, num_labels).eval()
-    models = [encoder] if teaching is None else [encoder, teaching]
-    with _counting(models) as count:
+    teaching = [weightless(teacher, num_labels).eval() for teacher in teachers]
+    with _counting([encoder, *teaching]) as count:
         with _autocast(config, device):
-            if teacher is not None and teaching is not None:
+            for teacher, model in zip(teachers, teaching, strict=True):
                 with torch.no_grad():
-                    teaching(_image(teacher, config.clip_samples, num_clips))
+                    model(_image(teacher, config.clip_samples, num_clips))
             logits = encoder(_image(config, config.clip_samples, num_clips))
         logits.float().logsumexp(1).sum().backward()
     kept_copies = 1 + (config.train.ema_decay > 0) + (config.train.keep == "best")
-    teacher_bytes = 0 if teaching is None else _weight_bytes(teaching)
-    return count.peak_bytes + kept_copies * _weight_bytes(encoder) + teacher_bytes
+    return count.peak_bytes + kept_copies * _weight_bytes(encoder) + sum(map(_weight_bytes, teaching))
 
 
 def _guessing_bytes(
-    config: RunConfig, num_labels: int, num_clips: int, device: torch.device, teacher: RunConfig | None
+    config: RunConfig, num_labels: int, num_clips: int, device: torch.device, teachers: Sequence[RunConfig]
 ) -> int:
-    """Estimates the same of a step that guesses hidden patches, while a teacher waits."""
+    """Estimates the same of a step that guesses hidden patches, while teachers wait."""
     encoder = _new_encoder(config, num_labels)
     assert isinstance(encoder, Encoder), "a config refuses to pre-train what has no patches"
     with torch.device("meta"):
@@ -84,8 +82,8 @@ def _guessing_bytes(
         with _autocast(config, device):
             errors = masked(_image(config, config.clip_samples, num_clips))
         errors.sum().backward()
-    teacher_bytes = 0 if teacher is None else _weight_bytes(weightless(teacher, num_labels))
-    return count.peak_bytes + _weight_bytes(masked) + teacher_bytes
+    waiting = [weightless(teacher, num_labels) for teacher in teachers]
+    return count.peak_bytes + _weight_bytes(masked) + sum(map(_weight_bytes, waiting))
 
 
 def checkpoint_bytes(config: RunConfig, num_labels: int = 10) -> int:
@@ -106,7 +104,7 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
     )
     most_clips = min(config.train.batch_size, loader.num_heard)
     largest = override(config, {"train.batch_size": most_clips})
-    needed = peak_training_bytes(largest, len(clips.classes), device, teacher_config(config))
+    needed = peak_training_bytes(largest, len(clips.classes), device, teacher_configs(config))
     if needed > there:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} takes {needed / 1e9:,.1f} GB at training's peak, and there "

@@ -41,7 +41,7 @@ from meamtm.training.notes import REPORTS, left_reports
 from meamtm.training.optim import make_optimizer
 from meamtm.training.predictions import PREDICTIONS, gather_predictions, write_predictions
 from meamtm.training.prepare import training_loader
-from meamtm.training.teacher import find_teacher
+from meamtm.training.teacher import find_teachers
 from meamtm.training.train import train
 
 
@@ -160,7 +160,7 @@ def _check(config: RunConfig, *, is_new: bool) -> Borrowed | None:
             f"data.valid_fold to a fold that is not the test fold, or train.keep=last"
         )
     training_loader(config, clips, split.train, world_size=max(config.scale.most_workers, 1))
-    find_teacher(config)
+    find_teachers(config)
     if config.scale.most_workers == 0:
         check_memory(config, choose_device(config.scale))
     model = AudioTransformer(config, len(clips.classes))

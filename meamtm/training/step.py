@@ -18,7 +18,7 @@ from meamtm.model.encoder import Encoder
 from meamtm.model.masked import MaskedPrediction
 from meamtm.model.precision import autocast, is_bf16
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.loss import clip_losses, distillation_losses
+from meamtm.training.loss import clip_losses, distillation_losses, logits_together
 from meamtm.training.optim import make_optimizer, set_lr
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.sam import worst_nearby
@@ -68,7 +68,7 @@ class Learner:
     world_size: int
     multi_label: bool
     steps_per_epoch: int
-    teacher: Teacher | None = None
+    teachers: Sequence[Teacher] = ()
     masked: MaskedPrediction | None = None
     """What guesses hidden patches, as long as the encoder is pre-trained."""
     epoch: int = 0
@@ -108,7 +108,7 @@ def make_learner(
     multi_label: bool,
     rank: int = 0,
     world_size: int = 1,
-    teacher: Teacher | None = None,
+    teachers: Sequence[Teacher] = (),
     pretrain: bool = False,
 ) -> Learner:
     """Puts a model on its device, with optimizer, averaged copy and, for several ranks, gradient averaging.
@@ -139,7 +139,7 @@ def make_learner(
         world_size,
         multi_label,
         steps_per_epoch,
-        teacher,
+        teachers,
         masked,
     )
 
@@ -196,11 +196,15 @@ def _parts(learner: Learner, batch: TrainingBatch) -> list[TrainingBatch]:
 
 
 def _taught(learner: Learner, part: TrainingBatch) -> TrainingBatch:
-    """Asks the teacher, if there is one, about the clips as they are mixed, with nothing masked."""
-    if learner.teacher is None or learner.masked is not None:
+    """Asks the teachers, if there are any, about the clips as they are mixed, with nothing masked."""
+    if not learner.teachers or learner.masked is not None:
         return part
-    with torch.no_grad(), autocast(learner.config, part.waveform.device):
-        return replace(part, teacher_logits=learner.teacher.model(part.waveform).float())
+    temperature = learner.config.distill.temperature
+    with torch.no_grad():
+        with autocast(learner.config, part.waveform.device):
+            answers = [teacher.model(part.waveform).float() for teacher in learner.teachers]
+        together = logits_together(answers, multi_label=learner.multi_label, temperature=temperature)
+    return replace(part, teacher_logits=together)
 
 
 def _forward_and_back(learner: Learner, part: TrainingBatch) -> Tensor:
@@ -220,12 +224,12 @@ def _errors(learner: Learner, part: TrainingBatch) -> Tensor:
 
 
 def _losses(learner: Learner, part: TrainingBatch) -> Tensor:
-    """Gives each clip's loss, and within it the distance from what a teacher says."""
+    """Gives each clip's loss, and within it the distance from what teachers say."""
     config = learner.config
     with autocast(config, part.waveform.device):
         logits = learner.parallel(part.waveform, part.mask)
     logits, multi_label = logits.float(), learner.multi_label
-    answers, echoes = logits.unbind(1) if logits.ndim == 3 else (logits, logits)  # heads for labels and for a teacher
+    answers, echoes = logits.unbind(1) if logits.ndim == 3 else (logits, logits)  # heads for labels and for teachers
     smoothing, temperature = config.loss.label_smoothing, config.distill.temperature
     losses = clip_losses(answers, part.target, multi_label=multi_label, smoothing=smoothing)
     if (teacher := part.teacher_logits) is not None:

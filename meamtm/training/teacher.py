@@ -1,6 +1,7 @@
-"""A trained run -> a teacher: a model from which another one learns beside the labels (distillation, Hinton 2015).
+"""Trained runs -> teachers: models from which another one learns beside the labels (distillation, Hinton 2015).
 
-It has heard the training clips of its pupil and no others, so what it says of held-out clips was never told to it."""
+They have heard the training clips of their pupil and no others, so what they say of held-out clips was never told them.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,14 @@ class Teacher:
     """SHA-256 of its weights."""
 
 
-def find_teacher(config: RunConfig) -> Path | None:
-    """Names the finished checkpoint that `distill.teacher` means for this run; None where nobody teaches.
+def find_teachers(config: RunConfig) -> list[Path]:
+    """Names the finished checkpoints that `distill.teacher` means for this run; none where nobody teaches.
 
-    Of several that can teach it the one with the run's own seed does. Raises ConfigError where there is not one.
+    Of several that can teach it the one with the run's own seed does, or with `distill.ensemble` all do. Raises
+    ConfigError where there is none, or nothing tells which.
     """
     if config.distill.teacher == "none":
-        return None
+        return []
     place = Path(config.distill.teacher)
     folders = sorted(place.parent.glob(place.name)) if place.name else []
     clips = open_clips(config.data, config.mel.sample_rate_hz)
@@ -49,29 +51,33 @@ def find_teacher(config: RunConfig) -> Path | None:
             able[checkpoint] = teacher.train.seed
         except MeamtmError as error:
             problems.append(f"{folder.name} {error}")
+    if able and config.distill.ensemble:
+        return list(able)
     chosen = [path for path, seed in able.items() if seed == config.train.seed] or list(able)
     if len(chosen) == 1:
-        return chosen[0]
+        return chosen
     if chosen:
         names = ", ".join(path.parent.name for path in chosen)
-        raise ConfigError(f"distill.teacher={place}: {names} can each teach this run; name one of them")
+        raise ConfigError(
+            f"distill.teacher={place}: {names} can each teach this run; name one of them, or set distill.ensemble=true"
+        )
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     why = f" ({'; '.join(problems[:SHOWN])}{more})" if problems else ""
     folds = " ".join(f"{key}={flatten(config)[key] or 'null'}" for key in ("data.test_fold", "data.valid_fold"))
     raise ConfigError(f"distill.teacher={place}: no run there can teach this one{why}; train one with {folds} first")
 
 
-def teacher_config(config: RunConfig) -> RunConfig | None:
-    """Gives what the teacher of this run is; None where nobody teaches."""
-    found = find_teacher(config)
-    return None if found is None else load(found / "config.yaml")
+def teacher_configs(config: RunConfig) -> list[RunConfig]:
+    """Gives what the teachers of this run are."""
+    return [load(found / "config.yaml") for found in find_teachers(config)]
 
 
-def load_teacher(config: RunConfig, device: torch.device) -> Teacher | None:
-    """Reads the model that teaches this run; None where nobody does."""
-    found = find_teacher(config)
-    if found is None:
-        return None
+def load_teachers(config: RunConfig, device: torch.device) -> tuple[Teacher, ...]:
+    """Reads the models that teach this run."""
+    return tuple(_load(found, device) for found in find_teachers(config))
+
+
+def _load(found: Path, device: torch.device) -> Teacher:
     digest = read_record(found, to_train=False)["files"]["model.safetensors"]
     return Teacher(load_model(found).model.requires_grad_(False).to(device), str(found), digest)
 

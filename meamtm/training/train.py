@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches, training_loader
 from meamtm.training.recalibrate import recalibrate
 from meamtm.training.step import Best, Learner, make_learner, train_step
-from meamtm.training.teacher import Teacher, load_teacher
+from meamtm.training.teacher import Teacher, load_teachers
 
 logger = logging.getLogger(__name__)
 MAX_WINDOWS = 8
@@ -73,7 +73,7 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
             metrics |= _assess(learner, clips, split, context, is_last=is_last)
         elif learner.epoch == config.pretrain.epochs:
             done = {"multi_label": clips.multi_label, "epoch": learner.epoch}
-            learner = _learner(config, context, learner.model, learner.teacher, loader.num_batches, **done)
+            learner = _learner(config, context, learner.model, learner.teachers, loader.num_batches, **done)
         metrics["time/epoch_s"] = time.monotonic() - began_s
         is_due = _agreed(is_last or time.monotonic() - last_save_s >= config.train.checkpoint_s, learner)
         context.report(metrics, _save(learner, labels, metrics) if is_due and context.rank == 0 else None)
@@ -116,17 +116,17 @@ def _start(config: RunConfig, context: Context, clips: Clips, split: Split, step
             if context.rank == 0:
                 logger.info("%s", borrowed)
                 _warn_of_scratch(config.optim)
-    teacher = load_teacher(config, context.device)  # once: others that could teach may end meanwhile
-    if teacher is not None and context.rank == 0:
-        logger.info("taught by %s", teacher.checkpoint)
-    return _learner(config, context, model, teacher, steps_per_epoch, multi_label=clips.multi_label, epoch=epoch)
+    teachers = load_teachers(config, context.device)  # once: others that could teach may end meanwhile
+    if teachers and context.rank == 0:
+        logger.info("taught by %s", ", ".join(teacher.checkpoint for teacher in teachers))
+    return _learner(config, context, model, teachers, steps_per_epoch, multi_label=clips.multi_label, epoch=epoch)
 
 
 def _learner(
     config: RunConfig,
     context: Context,
     model: AudioTransformer,
-    teacher: Teacher | None,
+    teachers: Sequence[Teacher],
     steps_per_epoch: int,
     *,
     multi_label: bool,
@@ -142,7 +142,7 @@ def _learner(
         multi_label=multi_label,
         rank=context.rank,
         world_size=context.world_size,
-        teacher=teacher,
+        teachers=teachers,
         pretrain=epoch < config.pretrain.epochs,
     )
     learner.epoch = epoch
@@ -185,17 +185,19 @@ def _resume(learner: Learner, context: Context, labels: Labels) -> dict[str, flo
     learner.losses = [loss * (context.rank == 0) for loss in losses]  # of all ranks, so one has them
     if "best" in state:
         learner.best = Best(**state["best"], weights=load_weights(folder, context.device))
-    _check_teacher(folder, learner, state.get("teacher"))
+    _check_teachers(folder, learner, state.get("teachers", [state["teacher"]] if "teacher" in state else []))
     logger.info("continuing %s after epoch %d", signature(learner.config), learner.epoch)
     return dict(record["metrics"])
 
 
-def _check_teacher(folder: Path, learner: Learner, known: Mapping[str, str] | None) -> None:
-    """Raises CheckpointError if another teacher than now has taught a run so far."""
-    if known is not None and learner.teacher is not None and known["digest"] != learner.teacher.digest:
+def _check_teachers(folder: Path, learner: Learner, known: Sequence[Mapping[str, str]]) -> None:
+    """Raises CheckpointError if others than now have taught a run so far."""
+    if sorted(one["digest"] for one in known) != sorted(teacher.digest for teacher in learner.teachers):
         raise CheckpointError(
-            f"{folder} was taught by {known['checkpoint']}, and distill.teacher={learner.config.distill.teacher} is "
-            f"now {learner.teacher.checkpoint}, which has other weights; name the one before, or set another name"
+            f"{folder} was taught by {', '.join(one['checkpoint'] for one in known)}, and "
+            f"distill.teacher={learner.config.distill.teacher} is now "
+            f"{', '.join(teacher.checkpoint for teacher in learner.teachers)}, which has other weights; let it mean "
+            f"what it did, or set another name"
         )
 
 
@@ -208,8 +210,8 @@ def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Pat
     }
     if learner.masked is not None:
         state["decoder"] = learner.masked.decoder.state_dict()
-    if learner.teacher is not None:
-        state["teacher"] = {"checkpoint": learner.teacher.checkpoint, "digest": learner.teacher.digest}
+    if learner.teachers:
+        state["teachers"] = [{"checkpoint": one.checkpoint, "digest": one.digest} for one in learner.teachers]
     if learner.best is not None:
         state["best"] = {"epoch": learner.best.epoch, "value": learner.best.value}
     cursor = (learner.epoch, learner.batch)
