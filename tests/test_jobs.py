@@ -28,6 +28,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import Run
+from tiny import TINY
 
 from jobs.__main__ import main, same_cluster
 from jobs.config import DEFAULT_ADDRESS, JobConfig, load_job
@@ -665,6 +666,10 @@ def test_more_than_a_cluster_takes_is_told(head: Head, sounds: Path) -> None:
     assert said.startswith("jobs: working_dir: its copy is larger than a cluster takes (100 MiB);")
 
 
+TINY_RUN = [f"{key}={value}" for key, value in TINY.items() if not key.startswith(("tracking.", "train.epochs"))]
+"""The words for what trains within a second."""
+
+
 def small(head: Head, packed: Path) -> list[str]:
     """The smoke study on the tests' small sound set."""
     places = [f"studies_dir={head.folder}/studies", f"runs_dir={head.folder}/runs"]
@@ -708,8 +713,7 @@ def test_a_stopped_study_leaves_no_run_running(head: Head, packed: Path) -> None
 @pytest.mark.ray
 def test_a_cross_validation_as_a_job_ends_with_its_table(head: Head, packed: Path) -> None:
     words = ["submit", "configs/jobs/crossval.yaml", "seeds=2", f"runs_dir={head.folder}/crossed", "name=crossed"]
-    words += [f"data.path={packed}", f"data.cache_dir={head.folder}/cache", "data.clip_s=0.5", "mel.hop_ms=20"]
-    words += ["mel.sample_rate_hz=8000", "encoder.stem_channels=[8,16]", "encoder.depth=1", "train.epochs=1"]
+    words += [*TINY_RUN, f"data.path={packed}", f"data.cache_dir={head.folder}/cache", "train.epochs=1"]
     done = head.jobs(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (head.folder / "crossed").glob("*-crossval-*")
@@ -738,9 +742,8 @@ def assert_goes_on_after_ctrl_c(head: Head, job_id: str) -> None:
 @pytest.mark.ray
 def test_a_job_that_is_killed_goes_on_when_it_is_submitted_again(head: Head, packed: Path) -> None:
     runs = head.folder / "killed"
-    words = ["submit", "configs/jobs/train.yaml", f"runs_dir={runs}", f"data.path={packed}", "name=killed"]
-    words += [f"data.cache_dir={head.folder}/cache", "data.clip_s=0.5", "mel.sample_rate_hz=8000", "train.epochs=20"]
-    words += ["encoder.stem_channels=[8,16]", "encoder.depth=1", "train.checkpoint_s=0", "mel.hop_ms=20"]
+    words = ["submit", "configs/jobs/train.yaml", *TINY_RUN, f"runs_dir={runs}", "name=killed", "train.epochs=20"]
+    words += [f"data.path={packed}", f"data.cache_dir={head.folder}/cache"]
     job_id = head.jobs(*words, "--no-wait").stdout.strip()
     wait_for(lambda: any(runs.glob("*/epoch-*")), 120)
     (folder,) = runs.iterdir()
