@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meamtm import tables
 from meamtm.errors import MeamtmError
 from meamtm.screen import bar, counting, epoch_bar, numbers, run_bars, run_commands, steps, stop_on_signal
-from meamtm.tables import print_answers, print_crossval, print_evaluation, print_settings, print_written
 
 if TYPE_CHECKING:
     from meamtm.config import RunConfig
@@ -37,6 +37,10 @@ Changes = Annotated[
 ]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of differences from the defaults")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="run folder or checkpoint folder")]
+Checkpoints = Annotated[
+    Path,
+    typer.Argument(metavar="CHECKPOINT", help="run or checkpoint folder; or 'runs/NAME-*', in quotes, for an ensemble"),
+]
 
 
 def main() -> None:
@@ -121,7 +125,7 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
     from meamtm.model.cost import cost
     from meamtm.training.memory import checkpoint_bytes, peak_training_bytes
 
-    print_settings(resolved)
+    tables.print_settings(resolved)
     num_labels = _num_labels(resolved)
     price, checkpoint_mb = cost(resolved, num_labels), checkpoint_bytes(resolved, num_labels) / 1e6
     typer.echo(
@@ -155,7 +159,7 @@ def train(
     if outcome.was_done:
         typer.echo("this run is done; nothing was trained. Change a setting or `name` for another one.")
     if outcome.evaluation is not None:
-        print_evaluation(outcome.evaluation)
+        tables.print_evaluation(outcome.evaluation)
     typer.echo(f"checkpoint  {outcome.checkpoint}\nrun folder  {outcome.folder}")
     if settings.tracking.mlflow and settings.tracking.uri:
         typer.echo(f"MLflow      {how_to_open(settings.tracking.uri)}")
@@ -163,22 +167,29 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoints,
     data: Annotated[str | None, typer.Option(help="another data set with the same classes")] = None,
     fold: Annotated[
         int | None, typer.Option(help="another fold that did not train it, such as data.valid_fold")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="CSV to write as well: what each clip was called")] = None,
 ) -> None:
-    """Test a checkpoint on the fold that it never saw, or on other data."""
+    """Test a checkpoint on the fold that it never saw, or on other data; several also together, fold by fold."""
+    from meamtm.inference.predict import find_models
     from meamtm.training.evaluate import evaluate as test
     from meamtm.training.predictions import gather_predictions, write_predictions
 
     _check_folder(out)
-    found = test(checkpoint, data, fold)
-    print_evaluation(found)
+    places = find_models(checkpoint, to_test=data is None)
+    with bar() as progress:
+        found = [test(place, data, fold) for place in progress.track(places, description="testing")]
+    predictions = gather_predictions(found)
+    if len(found) == 1:
+        tables.print_evaluation(found[0])
+    else:
+        tables.print_ensemble(found, predictions)
     if out is not None:
-        write_predictions(out, gather_predictions([found]), found.classes)
+        write_predictions(out, predictions, found[0].classes)
 
 
 @app.command()
@@ -199,17 +210,12 @@ def crossval(
     with stop_on_signal() as should_stop, bar() as progress:
         heard = run_bars(progress, runs)
         result = cross_validate(settings, folds=chosen, num_seeds=seeds, heard=heard, should_stop=should_stop)
-    print_crossval(result)
+    tables.print_crossval(result)
 
 
 @app.command()
 def predict(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="run or checkpoint folder; or 'runs/NAME-*', in quotes, for an ensemble"
-        ),
-    ],
+    checkpoint: Checkpoints,
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="audio files, or folders of them")],
     out: Annotated[Path | None, typer.Option(help="CSV to write instead of the table")] = None,
     each_window: Annotated[bool, typer.Option("--each-window", help="name each window, with its times")] = False,
@@ -225,9 +231,9 @@ def predict(
     answers, labels = _collect(heard, len(files)), models[0].labels
     if out is not None:
         write_csv(out, labels, answers)
-        print_written(out, answers)
+        tables.print_written(out, answers)
     else:
-        print_answers(answers, labels)
+        tables.print_answers(answers, labels)
 
 
 @app.command()

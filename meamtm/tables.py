@@ -71,6 +71,29 @@ def print_evaluation(evaluation: "Evaluation") -> None:
     _print_per_class(evaluation.confusion, evaluation.classes)
 
 
+def print_ensemble(evaluations: "Sequence[Evaluation]", predictions: "Sequence[Prediction]") -> None:
+    """Prints what several models do, each on clips that it has never met, and what those of a part, such as a fold, do
+    together; predictions are the evaluations', gathered."""
+    from meamtm.training.predictions import by_part, confusion_of, score_predictions
+
+    classes, multi_label = evaluations[0].classes, evaluations[0].confusion is None
+    score = "map" if multi_label else "accuracy"
+    table = Table("test on", "clips", "models", f"mean {score}", "together")
+    for part, clips in by_part(predictions).items():
+        alone = [each.metrics[f"test/{score}"] for each in evaluations if each.part == part]
+        together = score_predictions(clips, classes, multi_label=multi_label)[score]
+        mean = sum(alone) / len(alone)
+        table.add_row(part, str(len(clips)), str(len(alone)), f"{mean:.4f}", f"{together:.4f}")
+    console.print(table)
+    if not multi_label:
+        _print_per_class(confusion_of(predictions, classes), classes)
+    _print_mistaken(predictions)
+    alone = [each.metrics[f"test/{score}"] for each in evaluations]
+    figures = score_predictions(predictions, classes, multi_label=multi_label).items()
+    typer.echo(f"{len(alone)} models, one at a time: {score} {sum(alone) / len(alone):.4f}")
+    typer.echo(f"together: {', '.join(f'{key} {value:.4f}' for key, value in figures)}")
+
+
 def print_answers(answers: "Sequence[Answer]", labels: "Labels") -> None:
     """Prints the class of each file or window and the next best one, or why it could not be heard; where a clip may
     have several labels, all that are above one half and the best of the others."""

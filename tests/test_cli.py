@@ -239,6 +239,60 @@ def test_evaluate_takes_other_data_and_no_fold_that_trained(world: World, packed
     )
 
 
+def test_evaluate_tests_what_a_pattern_names_fold_by_fold_as_crossval_does(world: World, tmp_path: Path) -> None:
+    for fold in (1, 2):
+        for seed in (0, 1):
+            meamtm_command("train", "run.yaml", "name=pairs", f"data.test_fold={fold}", f"train.seed={seed}")
+    meamtm_command("train", "run.yaml", "name=pairs-final", "data.test_fold=null")
+    crossed = meamtm_command("crossval", "run.yaml", "name=pairs", "--seeds", 2, "--folds", "1,2")
+    found = meamtm_command("evaluate", "runs/pairs-*", "--out", tmp_path / "said.csv")
+    assert found.code == 0, found.err
+    assert re.fullmatch(
+        r"runs/pairs-crossval-\w+ is left out: it holds no checkpoint\n"
+        r"runs/pairs-final-\w+ is left out: it held no fold out \(data.test_fold=null\)\n",
+        found.err,
+    )
+    mean = re.search(r"test accuracy (\S+) ± ", crossed.out)
+    together = re.search(r"ensemble of each fold's 2 seeds: accuracy (\S+)", crossed.out)
+    assert mean is not None
+    assert together is not None
+    *_, alone, last = found.out.splitlines()
+    assert alone == f"4 models, one at a time: accuracy {mean[1]}"
+    assert last.startswith(f"together: accuracy {together[1]}, macro_f1 ")
+    rows = [line.replace("│", " ").split() for line in found.out.splitlines() if "fold" in line]
+    assert [row[:4] for row in rows] == [["fold", "1", "10", "2"], ["fold", "2", "10", "2"]]
+    (folder,) = (world.folder / "runs").glob("pairs-crossval-*")
+    assert (tmp_path / "said.csv").read_bytes() == (folder / "predictions.csv").read_bytes()
+
+
+def test_models_of_different_data_are_not_tested_together(world: World, tmp_path: Path, packed: Path) -> None:
+    for name in ("some-a", "some-b"):
+        shutil.copytree(world.run_folder, tmp_path / name)
+    relabel(tmp_path / "some-b", digest="another")
+    done = meamtm_command("evaluate", tmp_path / "some-*")
+    assert done.code == 2
+    assert re.fullmatch(
+        r"meamtm: CHECKPOINT=.*some-\*: .*some-a\S* and .*some-b\S* were trained on different data, so they are not "
+        r"tested on the same clips; name runs of one data set, or other data by --data\n",
+        done.err,
+    )
+    shutil.copytree(packed, tmp_path / "others")
+    other = meamtm_command("evaluate", tmp_path / "some-*", "--data", tmp_path / "others")
+    assert other.code == 0, other.err
+    assert "2 models, one at a time: accuracy " in other.out
+
+
+def relabel(run: Path, **changes: object) -> None:
+    """Changes what a run's newest checkpoint says of its labels."""
+    checkpoint = newest(run)
+    assert checkpoint is not None
+    record = json.loads((checkpoint / "metrics.json").read_text())
+    labels = json.loads((checkpoint / "labels.json").read_text())
+    (checkpoint / "labels.json").write_text(json.dumps(labels | changes))
+    record["files"]["labels.json"] = hashlib.sha256((checkpoint / "labels.json").read_bytes()).hexdigest()
+    (checkpoint / "metrics.json").write_text(json.dumps(record))
+
+
 def test_predict_names_sounds_and_says_why_it_cannot(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,14 +406,7 @@ def test_predict_averages_the_runs_that_a_pattern_names(world: World, tmp_path: 
 def test_runs_that_name_different_classes_are_not_averaged(world: World, tmp_path: Path) -> None:
     for name in ("some-a", "some-b"):
         shutil.copytree(world.run_folder, tmp_path / name)
-    checkpoint = newest(tmp_path / "some-b")
-    assert checkpoint is not None
-    record = json.loads((checkpoint / "metrics.json").read_text())
-    labels = json.loads((checkpoint / "labels.json").read_text())
-    labels["classes"][0] = "another"
-    (checkpoint / "labels.json").write_text(json.dumps(labels))
-    record["files"]["labels.json"] = hashlib.sha256((checkpoint / "labels.json").read_bytes()).hexdigest()
-    (checkpoint / "metrics.json").write_text(json.dumps(record))
+    relabel(tmp_path / "some-b", classes=["another", *world.classes[1:]])
     done = meamtm_command("predict", tmp_path / "some-*", "sounds")
     assert done.code == 2
     assert re.fullmatch(

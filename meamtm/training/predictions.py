@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 
 from meamtm.files import whole_file
 from meamtm.training.evaluate import Evaluation
@@ -75,16 +75,29 @@ def score_predictions(
     predictions: Sequence[Prediction], classes: Sequence[str], *, multi_label: bool
 ) -> dict[str, float]:
     """Gives the metrics of the ensemble of the models: of each part, such as a fold, and then their mean."""
-    parts: dict[str, list[Prediction]] = defaultdict(list)
-    for each in predictions:
-        parts[each.part].append(each)
     found = []
-    for part in parts.values():
+    for part in by_part(predictions).values():
         probability = torch.tensor([each.probability for each in part])  # (clip, label)
         labels = [each.label.split(";") if multi_label else [each.label] for each in part]
         target = torch.tensor([[float(name in own) for name in classes] for own in labels])  # (clip, label)
         found.append(scores(probability, target, multi_label=multi_label))
     return {key: float(np.mean([each[key] for each in found])) for key in found[0]}
+
+
+def by_part(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+    """Gives the predictions of each part, such as a fold, in the order of their names."""
+    parts: dict[str, list[Prediction]] = defaultdict(list)
+    for each in predictions:
+        parts[each.part].append(each)
+    return dict(sorted(parts.items()))
+
+
+def confusion_of(predictions: Sequence[Prediction], classes: Sequence[str]) -> Int64[np.ndarray, "label label"]:
+    """Counts clips by true class (row) and the one that the models name together (column); one label per clip."""
+    matrix = np.zeros((len(classes), len(classes)), np.int64)
+    for each in predictions:
+        matrix[classes.index(each.label), classes.index(each.named)] += 1
+    return matrix
 
 
 def name_labels(probability: Float[np.ndarray, " label"], classes: Sequence[str], *, multi_label: bool) -> str:
