@@ -15,6 +15,7 @@ from meamtm.config import RunConfig, flatten, from_flat
 from meamtm.model.precision import is_bf16
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.prepare import TrainingBatch
+from meamtm.training.run import run_here
 from meamtm.training.step import make_learner, train_step
 from meamtm.training.train import train
 
@@ -97,6 +98,36 @@ def test_two_ranks_pre_train_as_one_process(packed: Path, cache_dir: Path, tmp_p
         expected = [row[key] for row in record.rows[among]]
         assert [row[key] for row in rows[among]] == pytest.approx(expected, abs=TOLERANCE["patch"])
         assert expected[-1] < expected[0], "nothing was learned, so equal losses say nothing"
+
+
+def _rank_that_finds_fewer(rank: int, port: int, flat: dict, out: str) -> None:
+    """As where a teacher ends after one rank has looked, and before another one does."""
+    _rank(
+        rank, port, flat | ({"distill.teacher": flat["distill.teacher"].replace("*", "-0*")} if rank == 1 else {}), out
+    )
+
+
+def test_two_ranks_learn_from_the_teachers_that_the_first_one_finds(
+    packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        teacher = tiny(
+            packed, cache_dir, tmp_path / "all", {"data.valid_fold": 2, "train.seed": seed, "optim.lr": 1e-2}
+        )
+        run_here(teacher).folder.rename(tmp_path / f"teacher-{seed}")
+    changes = {**PLAIN, "data.valid_fold": 2, "optim.lr": 1e-3, **MODELS["conv"], "train.batch_size": 60}
+    changes |= {"train.epochs": 5, "train.checkpoint_s": 1e6, "distill.ensemble": True}
+    changes |= {"distill.teacher": str(tmp_path / "teacher*"), "distill.weight": 1.0}
+    one, two = (tiny(packed, cache_dir, tmp_path / kind, changes) for kind in ("one", "two"))
+    record = Record()
+    train(one, local(one, record))
+    _start(_rank_that_finds_fewer, _free_port(), flatten(two), str(tmp_path / "rows.pt"))
+    losses = [row["train/loss"] for row in torch.load(tmp_path / "rows.pt")]
+    assert losses == pytest.approx(record.column("train/loss"), abs=TOLERANCE["conv"])
+    fewer = Record()
+    alone = tiny(packed, cache_dir, tmp_path / "alone", changes | {"distill.teacher": str(tmp_path / "teacher-0")})
+    train(alone, local(alone, fewer))
+    assert fewer.column("train/loss") != pytest.approx(losses, abs=1e-3), "one teacher says what two say"
 
 
 def _rank_of_its_own_kind(rank: int, port: int, flat: dict, out: str) -> None:

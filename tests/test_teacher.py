@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,14 +24,14 @@ from meamtm.distributed.side_by_side import largest_peak_bytes
 from meamtm.errors import CheckpointError, ConfigError
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training import memory
-from meamtm.training.checkpoint import load_model, load_state, newest
+from meamtm.training.checkpoint import load_model, load_state, newest, read_record
 from meamtm.training.context import Stopped
 from meamtm.training.loss import distillation_losses, logits_together
 from meamtm.training.memory import check_memory, peak_training_bytes
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.run import run_folder, run_here
 from meamtm.training.step import make_learner, train_step
-from meamtm.training.teacher import Teacher, find_teachers, load_teachers
+from meamtm.training.teacher import Teacher, find_teachers, load_teacher
 from tune.plan import load_plan
 from tune.study import run_study
 
@@ -90,8 +91,9 @@ def test_several_say_the_mean_of_their_probabilities(temperature: float) -> None
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_several_that_are_as_sure_as_logits_can_be_stay_finite(multi_label: bool) -> None:
-    sure = 1e4 * logits(3)
-    assert logits_together([sure, -sure], multi_label=multi_label, temperature=1.0).isfinite().all()
+    sure = 1e4 * logits(3).float()
+    for answers in ([sure, sure], [sure, -sure]):
+        assert logits_together(answers, multi_label=multi_label, temperature=1.0).isfinite().all()
 
 
 def test_a_step_weighs_labels_and_teacher(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
@@ -122,7 +124,8 @@ def test_a_pupil_comes_to_say_what_its_teacher_says(packed: Path, cache_dir: Pat
     changes = {"distill__weight": 1.0, "train__epochs": 30, "train__checkpoint_s": 60}
     taught = run_here(pupil(packed, cache_dir, tmp_path, runs, **changes))
     untaught = run_here(tiny(packed, cache_dir, tmp_path, {"train.epochs": 30, "train.checkpoint_s": 60}))
-    (teacher,) = load_teachers(pupil(packed, cache_dir, tmp_path, runs), torch.device("cpu"))
+    (found,) = find_teachers(pupil(packed, cache_dir, tmp_path, runs))
+    teacher = load_teacher(found, torch.device("cpu"))
     noise = 0.1 * torch.randn(64, 4_000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = teacher.model(noise)
@@ -150,7 +153,7 @@ def test_a_teacher_that_ends_while_its_pupil_guesses_is_not_sought(
     late = Late()
     outcome = run_here(begun, (late,))
     assert late.column("step") == [1, 2, 3]
-    [taught_by] = load_state(outcome.checkpoint)["teachers"]
+    [taught_by] = read_record(outcome.checkpoint)["teachers"]
     assert taught_by["checkpoint"].startswith(str(one))
 
 
@@ -177,9 +180,10 @@ def test_a_run_does_not_go_on_with_another_teacher(packed: Path, cache_dir: Path
     with pytest.raises(Stopped):
         run_here(config, should_stop=lambda: next(answers))
     shutil.rmtree(tmp_path / "teacher-1")
-    other = run_here(tiny(packed, cache_dir, tmp_path, TEACHER | {"optim.lr": 1e-3}))
+    run_here(tiny(packed, cache_dir, tmp_path, TEACHER | {"optim.lr": 1e-3}))
     with pytest.raises(
-        CheckpointError, match=rf"was taught by .*teacher-1.*is now {other.checkpoint}, which has other"
+        CheckpointError,
+        match=r"teacher-1/epoch-00002 has taught this run so far, and no run there has its weights now;",
     ):
         run_here(config)
 
@@ -194,13 +198,13 @@ def test_a_run_that_an_earlier_version_left_goes_on_with_its_teacher(
         run_here(config, should_stop=lambda: next(answers))
     checkpoint = newest(run_folder(config))
     assert checkpoint is not None
-    state = load_state(checkpoint)
-    (state["teacher"],) = state.pop("teachers")
-    torch.save(state, checkpoint / "train_state.pt")
     record = json.loads((checkpoint / "metrics.json").read_text())
+    (teacher,) = record.pop("teachers")
+    torch.save(load_state(checkpoint) | {"teacher": teacher}, checkpoint / "train_state.pt")
     record["files"]["train_state.pt"] = hashlib.sha256((checkpoint / "train_state.pt").read_bytes()).hexdigest()
     (checkpoint / "metrics.json").write_text(json.dumps(record))
-    assert run_here(config).metrics["epoch"] == 4
+    one = run_here(config)
+    assert read_record(one.checkpoint)["teachers"] == [teacher]
 
 
 def test_the_teacher_has_the_run_s_folds_and_its_seed_where_there_are_several(
@@ -219,34 +223,62 @@ def test_the_teacher_has_the_run_s_folds_and_its_seed_where_there_are_several(
 
 
 def test_an_ensemble_is_all_that_have_the_run_s_folds(
-    packed: Path, cache_dir: Path, tmp_path: Path, runs: Path
+    packed: Path, cache_dir: Path, runs: Path, tmp_path: Path
 ) -> None:
-    """Its pupil keeps who they are, and after a stop goes on with them alone."""
+    """What is there twice counts once, and who is left out is told."""
+    shutil.copytree(runs, tmp_path / "teachers")
+    config = pupil(packed, cache_dir, tmp_path, tmp_path / "teachers", data__test_fold=2, distill__ensemble=True)
+    found = find_teachers(config)
+    assert sorted(load_model(path).config.train.seed for path in found) == [0, 1]
+    assert len(find_teachers(override(config, {"data.test_fold": 1}))) == 1
+    (tmp_path / "teachers" / "teacher-zz-link").symlink_to(found[0].parent)
+    shutil.copytree(found[1].parent, tmp_path / "teachers" / "teacher-zz-copy")
+    assert find_teachers(config) == found
+
+
+def test_a_pupil_of_an_ensemble_goes_on_with_those_that_it_began_with(
+    packed: Path, cache_dir: Path, tmp_path: Path, runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(runs, tmp_path / "teachers")
     together = {"data__test_fold": 2, "train__seed": 5, "distill__ensemble": True}
     whole, config = (
         pupil(packed, cache_dir, tmp_path / name, tmp_path / "teachers", **together) for name in ("whole", "stopped")
     )
-    expected = find_teachers(config)
-    assert sorted(load_model(path).config.train.seed for path in expected) == [0, 1]
-    assert len(find_teachers(override(config, {"data.test_fold": 1}))) == 1
+    expected = [str(path) for path in find_teachers(config)]
+    unfinished = TEACHER | {"data.test_fold": 2, "train.seed": 9}
+    with pytest.raises(Stopped):
+        run_here(tiny(packed, cache_dir, tmp_path / "teachers", unfinished), should_stop=lambda: True)
+    with caplog.at_level(logging.INFO, "meamtm"):
+        one = run_here(whole)
+    assert f"taught by {', '.join(expected)}" in caplog.messages
+    (left_out,) = [message for message in caplog.messages if message.startswith("and not by ")]
+    assert re.fullmatch(r"and not by teacher-\w+ is not trained to its end", left_out)
     answers = iter([False] * 5 + [True])
     with pytest.raises(Stopped):
         run_here(config, should_stop=lambda: next(answers))
-    one, two = run_here(whole), run_here(config)
+    late = run_here(tiny(packed, cache_dir, tmp_path / "teachers", TEACHER | {"data.test_fold": 2, "train.seed": 2}))
+    assert late.checkpoint in find_teachers(override(config, {"name": "another"}))
+    two = run_here(config)
     for outcome in (one, two):
-        assert [Path(known["checkpoint"]) for known in load_state(outcome.checkpoint)["teachers"]] == expected
+        assert [known["checkpoint"] for known in read_record(outcome.checkpoint)["teachers"]] == expected
     for name, weight in load_model(one.checkpoint).model.state_dict().items():
         torch.testing.assert_close(weight, load_model(two.checkpoint).model.state_dict()[name], rtol=0, atol=0)
 
-    third = override(config, {"name": "third"})
+
+def test_a_pupil_of_an_ensemble_does_not_go_on_without_one_of_them(
+    packed: Path, cache_dir: Path, tmp_path: Path, runs: Path
+) -> None:
+    shutil.copytree(runs, tmp_path / "teachers")
+    config = pupil(packed, cache_dir, tmp_path, tmp_path / "teachers", data__test_fold=2, distill__ensemble=True)
     answers = iter([False] * 5 + [True])
     with pytest.raises(Stopped):
-        run_here(third, should_stop=lambda: next(answers))
-    run_here(tiny(packed, cache_dir, tmp_path / "teachers", TEACHER | {"data.test_fold": 2, "train.seed": 2}))
-    first, second = (re.escape(str(path)) for path in expected)
-    with pytest.raises(CheckpointError, match=rf"was taught by {first}, {second}, and .* is now .*, .*, .*, which has"):
-        run_here(third)
+        run_here(config, should_stop=lambda: next(answers))
+    gone = find_teachers(config)[0].parent
+    gone.rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=f"{gone.name}/epoch-00002 has taught this run so far, .* move it back"):
+        run_here(config)
+    (tmp_path / "away").rename(tmp_path / "teachers" / "teacher-another")  # it may come back under another name
+    assert run_here(config).metrics["epoch"] == 4
 
 
 def test_a_step_learns_from_the_mean_of_its_teachers(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
@@ -373,6 +405,13 @@ def test_where_a_teacher_lies_does_not_change_the_signature() -> None:
 
     assert signed("runs/esc10-*") == signed("/mnt/runs/esc10-*")
     assert len({signed("runs/esc10-*"), signed("runs/other-*"), signed("none")}) == 3
+
+
+def test_how_a_teacher_teaches_changes_nothing_where_nobody_does() -> None:
+    changes = {"distill.weight": 0.9, "distill.temperature": 2.0, "distill.ensemble": True}
+    taught = {"distill.teacher": "runs/esc10-*"}
+    assert signature(from_flat(changes)) == signature(from_flat({}))
+    assert len({signature(from_flat(taught | {key: value})) for key, value in changes.items()}) == 3
 
 
 def test_memory_counts_the_teacher_and_what_it_hears(

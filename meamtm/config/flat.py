@@ -103,7 +103,9 @@ def signature(config: RunConfig) -> str:
         del flat["data.cache"]
     if (path := config.encoder.pretrained_path) is not None:
         flat["encoder.pretrained"] = (path.parent if path.name in WEIGHT_FILES else path).name
-    if "distill.teacher" in flat:
+    if config.distill.teacher == "none":
+        flat = {key: value for key, value in flat.items() if not key.startswith("distill.")}
+    else:
         flat["distill.teacher"] = PurePath(config.distill.teacher).name
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
 

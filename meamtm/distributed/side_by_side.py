@@ -134,15 +134,16 @@ def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
 
 
 def largest_peak_bytes(configs: Iterable[RunConfig]) -> int:
-    """Estimates the most memory that a run allocates; those that differ in fold and seed alone allocate as much."""
-    kinds: dict[Any, RunConfig] = {}
+    """Estimates the most memory that a run allocates; those that differ in fold and seed alone, as do their teachers,
+    allocate as much."""
+    kinds: dict[Any, tuple[RunConfig, list[RunConfig]]] = {}
     for config in configs:
-        model = (config.mel, config.encoder, config.distill, config.pretrain)
-        kinds[(config.data.path, config.data.clip_s, *model, config.optim, _seedless(config))] = config
-    labels = {path: len(read_card(path).classes) for path in {config.data.path for config in kinds.values()}}
+        teachers = teacher_configs(config)
+        model = (config.mel, config.encoder, config.pretrain, *((each.mel, each.encoder) for each in teachers))
+        kinds[(config.data.path, config.data.clip_s, *model, config.optim, _seedless(config))] = (config, teachers)
+    labels = {path: len(read_card(path).classes) for path in {config.data.path for config, _ in kinds.values()}}
     return max(
-        peak_training_bytes(config, labels[config.data.path], teachers=teacher_configs(config))
-        for config in kinds.values()
+        peak_training_bytes(config, labels[config.data.path], teachers=teachers) for config, teachers in kinds.values()
     )
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,10 +68,12 @@ def save(
     metrics: Mapping[str, float],
     *,
     cursor: tuple[int, int],
+    teachers: Sequence[Mapping[str, str]] = (),
 ) -> Path:
     """Writes a checkpoint into a new scratch folder, flushed to disk; a context publishes it.
 
-    `cursor` counts finished epochs and, of the epoch under way, finished batches.
+    `cursor` counts finished epochs and, of the epoch under way, finished batches; `teachers` tells who taught, by
+    checkpoint and digest.
     """
     _sweep_scratch()
     folder = Path(tempfile.mkdtemp(prefix=SCRATCH)) / checkpoint_name(cursor)
@@ -83,6 +85,8 @@ def save(
         torch.save(dict(state), folder / STATE)
         files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
         record = {"format": FORMAT, "epoch": cursor[0], "batch": cursor[1], "metrics": dict(metrics), "files": files}
+        if teachers:
+            record["teachers"] = [dict(each) for each in teachers]
         (folder / "metrics.json").write_text(json.dumps(record, indent=1))
         for path in folder.iterdir():
             sync(path)
@@ -262,7 +266,7 @@ def _digest(path: Path) -> str:
     return read(path, found.st_size, found.st_mtime_ns)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # a pattern of teachers may match hundreds of files, and is asked four times a run
 def _digest_of(path: Path, _size_bytes: int, _changed_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

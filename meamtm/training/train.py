@@ -16,7 +16,7 @@ from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
 from meamtm.data.split import Split, split_clips
-from meamtm.errors import CheckpointError, MeamtmError
+from meamtm.errors import MeamtmError
 from meamtm.model.pretrained import borrow
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import Labels, check_origin, load_state, load_weights, read_record, save
@@ -28,7 +28,7 @@ from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches, training_loader
 from meamtm.training.recalibrate import recalibrate
 from meamtm.training.step import Best, Learner, make_learner, train_step
-from meamtm.training.teacher import Teacher, load_teachers
+from meamtm.training.teacher import Teacher, find_teachers, load_teacher, tell_teachers
 
 logger = logging.getLogger(__name__)
 MAX_WINDOWS = 8
@@ -116,10 +116,19 @@ def _start(config: RunConfig, context: Context, clips: Clips, split: Split, step
             if context.rank == 0:
                 logger.info("%s", borrowed)
                 _warn_of_scratch(config.optim)
-    teachers = load_teachers(config, context.device)  # once: others that could teach may end meanwhile
-    if teachers and context.rank == 0:
-        logger.info("taught by %s", ", ".join(teacher.checkpoint for teacher in teachers))
+    teachers = _teachers(config, context)  # once: others that could teach may end meanwhile
     return _learner(config, context, model, teachers, steps_per_epoch, multi_label=clips.multi_label, epoch=epoch)
+
+
+def _teachers(config: RunConfig, context: Context) -> list[Teacher]:
+    """Reads those that teach a run, on every rank those that the first one finds."""
+    told = [find_teachers(config)]
+    if context.world_size > 1:
+        dist.broadcast_object_list(told, src=0, device=context.device)
+    teachers = [load_teacher(each, context.device) for each in told[0]]
+    if teachers and context.rank == 0:
+        tell_teachers(config, teachers)
+    return teachers
 
 
 def _learner(
@@ -185,20 +194,8 @@ def _resume(learner: Learner, context: Context, labels: Labels) -> dict[str, flo
     learner.losses = [loss * (context.rank == 0) for loss in losses]  # of all ranks, so one has them
     if "best" in state:
         learner.best = Best(**state["best"], weights=load_weights(folder, context.device))
-    _check_teachers(folder, learner, state.get("teachers", [state["teacher"]] if "teacher" in state else []))
     logger.info("continuing %s after epoch %d", signature(learner.config), learner.epoch)
     return dict(record["metrics"])
-
-
-def _check_teachers(folder: Path, learner: Learner, known: Sequence[Mapping[str, str]]) -> None:
-    """Raises CheckpointError if others than now have taught a run so far."""
-    if sorted(one["digest"] for one in known) != sorted(teacher.digest for teacher in learner.teachers):
-        raise CheckpointError(
-            f"{folder} was taught by {', '.join(one['checkpoint'] for one in known)}, and "
-            f"distill.teacher={learner.config.distill.teacher} is now "
-            f"{', '.join(teacher.checkpoint for teacher in learner.teachers)}, which has other weights; let it mean "
-            f"what it did, or set another name"
-        )
 
 
 def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Path:
@@ -210,12 +207,11 @@ def _save(learner: Learner, labels: Labels, metrics: Mapping[str, float]) -> Pat
     }
     if learner.masked is not None:
         state["decoder"] = learner.masked.decoder.state_dict()
-    if learner.teachers:
-        state["teachers"] = [{"checkpoint": one.checkpoint, "digest": one.digest} for one in learner.teachers]
     if learner.best is not None:
         state["best"] = {"epoch": learner.best.epoch, "value": learner.best.value}
     cursor = (learner.epoch, learner.batch)
-    return save(learner.config, labels, learner.kept, state, metrics, cursor=cursor)
+    teachers = [{"checkpoint": one.checkpoint, "digest": one.digest} for one in learner.teachers]
+    return save(learner.config, labels, learner.kept, state, metrics, cursor=cursor, teachers=teachers)
 
 
 def _finish_epoch(learner: Learner, num_clips: int) -> dict[str, float]:
