@@ -407,13 +407,6 @@ def test_where_a_teacher_lies_does_not_change_the_signature() -> None:
     assert len({signed("runs/esc10-*"), signed("runs/other-*"), signed("none")}) == 3
 
 
-def test_how_a_teacher_teaches_changes_nothing_where_nobody_does() -> None:
-    changes = {"distill.weight": 0.9, "distill.temperature": 2.0, "distill.ensemble": True}
-    taught = {"distill.teacher": "runs/esc10-*"}
-    assert signature(from_flat(changes)) == signature(from_flat({}))
-    assert len({signature(from_flat(taught | {key: value})) for key, value in changes.items()}) == 3
-
-
 def test_memory_counts_the_teacher_and_what_it_hears(
     packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

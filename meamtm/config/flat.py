@@ -94,18 +94,19 @@ def signature(config: RunConfig) -> str:
 
     A data set counts by the last part of its path: where it lies changes nothing, and another set of the same name is
     told apart by its digest, which a checkpoint holds. So do weights to begin with, or their folder where the file has
-    the name that Hugging Face gives to all, and a teacher's run.
+    the name that Hugging Face gives to all, and a teacher's run. How a teacher teaches, or hidden patches are guessed,
+    counts where that happens.
     """
-    flat = {key: value for key, value in flatten(config).items() if not key.startswith(UNSCIENTIFIC)}
+    idle = {"distill.": config.distill.teacher == "none", "pretrain.": config.pretrain.epochs == 0}
+    left_out = (*UNSCIENTIFIC, *(section for section, is_idle in idle.items() if is_idle))
+    flat = {key: value for key, value in flatten(config).items() if not key.startswith(left_out)}
     flat = {key: value for key, value in flat.items() if key not in LATER or value != LATER[key]}
     flat["data.path"] = data_name(config.data.path)
     if flat["data.cache"] != "none":  # without a cache clips come in another order; which one there is decides nothing
         del flat["data.cache"]
     if (path := config.encoder.pretrained_path) is not None:
         flat["encoder.pretrained"] = (path.parent if path.name in WEIGHT_FILES else path).name
-    if config.distill.teacher == "none":
-        flat = {key: value for key, value in flat.items() if not key.startswith("distill.")}
-    else:
+    if "distill.teacher" in flat:
         flat["distill.teacher"] = PurePath(config.distill.teacher).name
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
 
