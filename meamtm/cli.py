@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -175,19 +176,16 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="CSV to write as well: what each clip was called")] = None,
 ) -> None:
     """Test a checkpoint on the fold that it never saw, or on other data; several also together, fold by fold."""
-    from meamtm.inference.predict import find_models
-    from meamtm.training.evaluate import evaluate as test
+    from meamtm.inference.ensemble import evaluate_models
     from meamtm.training.predictions import gather_predictions, write_predictions
 
     _check_folder(out)
-    places = find_models(checkpoint, to_test=data is None)
     with bar() as progress:
-        found = [test(place, data, fold) for place in progress.track(places, description="testing")]
+        found = evaluate_models(checkpoint, data, fold, partial(progress.track, description="testing"))
+    if not checkpoint.expanduser().exists():  # but a pattern
+        typer.echo(f"tested: {', '.join(str(each.checkpoint) for each in found)}", err=True)
     predictions = gather_predictions(found)
-    if len(found) == 1:
-        tables.print_evaluation(found[0])
-    else:
-        tables.print_ensemble(found, predictions)
+    tables.print_evaluation(found[0]) if len(found) == 1 else tables.print_ensemble(found, predictions)
     if out is not None:
         write_predictions(out, predictions, found[0].classes)
 
@@ -221,7 +219,8 @@ def predict(
     each_window: Annotated[bool, typer.Option("--each-window", help="name each window, with its times")] = False,
 ) -> None:
     """Name the sounds in audio files."""
-    from meamtm.inference.predict import classify_files, classify_windows, find_audio, load_models, write_csv
+    from meamtm.inference.ensemble import load_models
+    from meamtm.inference.predict import classify_files, classify_windows, find_audio, write_csv
 
     _check_folder(out)
     models, files = load_models(checkpoint), find_audio(paths)
@@ -243,7 +242,8 @@ def embed(
     out: Annotated[Path, typer.Option(help="NumPy .npz file to write: path (file,), embedding (file, width)")],
 ) -> None:
     """Turn audio files into embeddings, for search, clustering or another classifier."""
-    from meamtm.inference.predict import embed_files, find_audio, load_here, write_npz
+    from meamtm.inference.ensemble import load_here
+    from meamtm.inference.predict import embed_files, find_audio, write_npz
 
     _check_folder(out)
     saved, files = load_here(checkpoint), find_audio(paths)

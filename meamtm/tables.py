@@ -74,24 +74,25 @@ def print_evaluation(evaluation: "Evaluation") -> None:
 def print_ensemble(evaluations: "Sequence[Evaluation]", predictions: "Sequence[Prediction]") -> None:
     """Prints what several models do, each on clips that it has never met, and what those of a part, such as a fold, do
     together; predictions are the evaluations', gathered."""
-    from meamtm.training.predictions import by_part, confusion_of, score_predictions
+    from meamtm.inference.ensemble import parts_of
+    from meamtm.training.predictions import confusion_of, score_predictions
 
     classes, multi_label = evaluations[0].classes, evaluations[0].confusion is None
-    score = "map" if multi_label else "accuracy"
+    score, parts = "map" if multi_label else "accuracy", parts_of(evaluations, predictions)
     table = Table("test on", "clips", "models", f"mean {score}", "together")
-    for part, clips in by_part(predictions).items():
-        alone = [each.metrics[f"test/{score}"] for each in evaluations if each.part == part]
-        together = score_predictions(clips, classes, multi_label=multi_label)[score]
-        mean = sum(alone) / len(alone)
-        table.add_row(part, str(len(clips)), str(len(alone)), f"{mean:.4f}", f"{together:.4f}")
+    for part in parts:
+        numbers = (f"{value:.4f}" for value in (part.alone, part.together))
+        table.add_row(part.name, str(part.num_clips), str(part.num_models), *numbers)
     console.print(table)
     if not multi_label:
         _print_per_class(confusion_of(predictions, classes), classes)
     _print_mistaken(predictions)
-    alone = [each.metrics[f"test/{score}"] for each in evaluations]
     figures = score_predictions(predictions, classes, multi_label=multi_label).items()
-    typer.echo(f"{len(alone)} models, one at a time: {score} {sum(alone) / len(alone):.4f}")
+    alone = sum(part.alone for part in parts) / len(parts)
+    typer.echo(f"one at a time: {score} {alone:.4f}, the mean over {len(parts)} parts of the data")
     typer.echo(f"together: {', '.join(f'{key} {value:.4f}' for key, value in figures)}")
+    if all(part.num_models == 1 for part in parts):
+        typer.echo("each part has one model, so nothing is averaged; train other seeds, as crossval --seeds 3 does")
 
 
 def print_answers(answers: "Sequence[Answer]", labels: "Labels") -> None:

@@ -249,7 +249,8 @@ def test_evaluate_tests_what_a_pattern_names_fold_by_fold_as_crossval_does(world
     assert found.code == 0, found.err
     assert re.fullmatch(
         r"runs/pairs-crossval-\w+ is left out: it holds no checkpoint\n"
-        r"runs/pairs-final-\w+ is left out: it held no fold out \(data.test_fold=null\)\n",
+        r"runs/pairs-final-\w+/epoch-00003 is left out: data.test_fold=None: no clip is held out; .*\n"
+        r"tested: (runs/pairs-\w+/epoch-00003(, |\n)){4}",
         found.err,
     )
     mean = re.search(r"test accuracy (\S+) ± ", crossed.out)
@@ -257,29 +258,44 @@ def test_evaluate_tests_what_a_pattern_names_fold_by_fold_as_crossval_does(world
     assert mean is not None
     assert together is not None
     *_, alone, last = found.out.splitlines()
-    assert alone == f"4 models, one at a time: accuracy {mean[1]}"
+    assert alone == f"one at a time: accuracy {mean[1]}, the mean over 2 parts of the data"
     assert last.startswith(f"together: accuracy {together[1]}, macro_f1 ")
     rows = [line.replace("│", " ").split() for line in found.out.splitlines() if "fold" in line]
     assert [row[:4] for row in rows] == [["fold", "1", "10", "2"], ["fold", "2", "10", "2"]]
     (folder,) = (world.folder / "runs").glob("pairs-crossval-*")
     assert (tmp_path / "said.csv").read_bytes() == (folder / "predictions.csv").read_bytes()
 
+    heard = meamtm_command("evaluate", "runs/pairs-*", "--fold", 1)  # by those that do not hold it out
+    assert heard.code == 0, heard.err
+    assert len(re.findall(r"is left out: --fold=1: 10 of its 10 clips trained", heard.err)) == 3
+    assert [line.replace("│", " ").split()[:4] for line in heard.out.splitlines() if "fold" in line] == [rows[0][:4]]
+
 
 def test_models_of_different_data_are_not_tested_together(world: World, tmp_path: Path, packed: Path) -> None:
     for name in ("some-a", "some-b"):
         shutil.copytree(world.run_folder, tmp_path / name)
-    relabel(tmp_path / "some-b", digest="another")
-    done = meamtm_command("evaluate", tmp_path / "some-*")
-    assert done.code == 2
-    assert re.fullmatch(
-        r"meamtm: CHECKPOINT=.*some-\*: .*some-a\S* and .*some-b\S* were trained on different data, so they are not "
-        r"tested on the same clips; name runs of one data set, or other data by --data\n",
-        done.err,
+    other = tmp_path / "others"
+    shutil.copytree(packed, other)
+    places = ["data.cache_dir=cache", f"data.path={other}", f"runs_dir={tmp_path}", "name=some"]
+    meamtm_command("train", "run.yaml", *places)
+    differ = meamtm_command("evaluate", tmp_path / "some-*")
+    assert differ.code == 2
+    assert re.search(
+        r"meamtm: CHECKPOINT=.*some-\*: .*some-\S* and .*some-\S* are tested on different data; name runs of one data "
+        r"set, or other data by --data\n$",
+        differ.err,
     )
-    shutil.copytree(packed, tmp_path / "others")
-    other = meamtm_command("evaluate", tmp_path / "some-*", "--data", tmp_path / "others")
-    assert other.code == 0, other.err
-    assert "2 models, one at a time: accuracy " in other.out
+    overlap = meamtm_command("evaluate", tmp_path / "some-*", "--data", other)
+    assert overlap.code == 2
+    assert re.search(
+        r"some-\S* is tested on (fold 1|all clips) and .*some-\S* on (fold 1|all clips), which", overlap.err
+    )
+    same = meamtm_command("evaluate", tmp_path / "some-*", "--data", other, "--fold", 1)
+    assert same.code == 0, same.err
+    assert "│ fold 1  │ 20    │ 3      │" in same.out
+    none = meamtm_command("evaluate", tmp_path / "some-*", "--data", other, "--fold", 7)
+    assert (none.code, none.out) == (2, "")
+    assert none.err.splitlines()[-1].startswith("meamtm: data.test_fold=7: ")
 
 
 def relabel(run: Path, **changes: object) -> None:

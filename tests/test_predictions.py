@@ -10,10 +10,13 @@ import torch
 from command import meamtm_command
 from tiny import tiny
 
+from meamtm.inference.ensemble import Part, parts_of
+from meamtm.tables import print_ensemble
 from meamtm.training.evaluate import Evaluation
-from meamtm.training.metrics import confusion
+from meamtm.training.metrics import confusion, scores
 from meamtm.training.predictions import (
     Prediction,
+    confusion_of,
     gather_predictions,
     read_predictions,
     score_predictions,
@@ -34,7 +37,14 @@ def said(
 ) -> Evaluation:
     shares, wanted = np.array(probability, np.float32), np.array(target, np.float32)
     matrix = None if multi_label else confusion(torch.from_numpy(shares), torch.from_numpy(wanted)).numpy()
-    return Evaluation(Path("x"), part, CLASSES, {}, tuple(clip_ids), shares, wanted, matrix)
+    return Evaluation(Path("x"), part, "0", CLASSES, {}, tuple(clip_ids), shares, wanted, matrix)
+
+
+def scored(evaluation: Evaluation) -> Evaluation:
+    """As a test gives it, with its metrics."""
+    probability, target = torch.from_numpy(evaluation.probability), torch.from_numpy(evaluation.target)
+    found = scores(probability, target, multi_label=evaluation.confusion is None)
+    return replace(evaluation, metrics={f"test/{key}": value for key, value in found.items()})
 
 
 def test_the_most_doubtful_come_first_with_what_all_models_said() -> None:
@@ -61,6 +71,33 @@ def test_metrics_of_the_mean_answers_are_those_of_each_fold_averaged() -> None:
     found = score_predictions(gather_predictions([first, second, other]), CLASSES, multi_label=False)
     assert found["accuracy"] == pytest.approx((1 + 3 / 4) / 2), "each of the two is wrong of a clip, and not together"
     assert found["loss"] == pytest.approx(-(np.log([0.5, 0.55]).mean() + np.log([0.9, 0.9, 0.9, 1e-12]).mean()) / 2)
+
+
+def test_copies_of_a_model_are_together_what_each_is_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """A fold counts as much as another, however many models it has; folds come in the order of their numbers."""
+    owl, sea = [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]
+    good = scored(said(["a", "b"], [owl, sea], [owl, sea], "fold 10"))
+    bad = scored(said(["c", "d"], [sea, sea], [owl, sea], "fold 2"))
+    evaluations = [good, bad, bad, bad]
+    predictions = gather_predictions(evaluations)
+    assert parts_of(evaluations, predictions) == [Part("fold 2", 2, 3, 0.5, 0.5), Part("fold 10", 2, 1, 1.0, 1.0)]
+    assert confusion_of(predictions, CLASSES).tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 2]]
+    print_ensemble(evaluations, predictions)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "one at a time: accuracy 0.7500, the mean over 2 parts of the data"
+    assert lines[-1].startswith("together: accuracy 0.7500, macro_f1 ")
+    print_ensemble([good, bad], gather_predictions([good, bad]))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("each part has one model, so nothing is averaged;")
+
+
+def test_an_ensemble_of_several_labels_is_told_its_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    both, owl = [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]
+    one = scored(said(["a", "b"], [[0.9, 0.1, 0.2], [0.3, 0.1, 0.4]], [both, owl], multi_label=True))
+    two = scored(said(["a", "b"], [[0.9, 0.1, 0.8], [0.9, 0.1, 0.4]], [both, owl], multi_label=True))
+    (part,) = parts_of([one, two], gather_predictions([one, two]))
+    assert (part.alone, part.together) == (pytest.approx(0.875), 1.0)
+    print_ensemble([one, two], gather_predictions([one, two]))
+    assert "one at a time: map 0.8750" in capsys.readouterr().out
 
 
 def test_metrics_of_mean_answers_of_several_labels() -> None:

@@ -1,10 +1,8 @@
 """Audio files and a checkpoint, or several -> probabilities or embeddings, file by file or window by window."""
 
 import csv
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +10,17 @@ import torch
 from jaxtyping import Float, Float32, Int16
 from torch import Tensor
 
-from meamtm.config import ScaleConfig, flatten, load
+from meamtm.config import flatten
 from meamtm.data.audio import read_audio
 from meamtm.data.loader import cut_windows
 from meamtm.data.sources import AUDIO_SUFFIXES, find_sounds
-from meamtm.errors import CheckpointError, DataError
+from meamtm.errors import DataError
 from meamtm.model.precision import autocast
-from meamtm.training.checkpoint import Labels, Saved, checkpoint_in, is_trained, load_model, read_labels
-from meamtm.training.context import choose_device
+from meamtm.training.checkpoint import Labels, Saved, checkpoint_in
 from meamtm.training.predictions import name_labels
 from meamtm.training.prepare import to_float
 
 WINDOWS_AT_ONCE = 32
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,64 +55,6 @@ def find_audio(paths: Sequence[Path]) -> list[Path]:
             f"{', '.join(map(str, paths))}: no {', '.join(sorted(AUDIO_SUFFIXES))} file in there; name another folder"
         )
     return found
-
-
-def load_here(folder: Path) -> Saved:
-    """Reads a model back, as `load_model` does, onto this machine's GPU if it has one."""
-    saved = load_model(folder)
-    saved.model.to(choose_device(ScaleConfig()))
-    return saved
-
-
-def load_models(place: Path) -> list[Saved]:
-    """Reads the model of a run or checkpoint folder, or an ensemble: those that a pattern means."""
-    return [load_here(each) for each in find_models(place)]
-
-
-def find_models(place: Path, *, to_test: bool = False) -> list[Path]:
-    """Names the model of a run or checkpoint folder: that place itself; or the checkpoints of all that a pattern such
-    as runs/mine-* matches.
-
-    A match that has no checkpoint, or is not trained to its end, is left out with a warning. Raises CheckpointError
-    where nothing is left, a checkpoint is damaged, or models do not name the same classes. Who is going `to_test` each
-    on the fold that it never heard needs models of one data set, and none that heard all of it.
-    """
-    place = place.expanduser()  # in quotes no shell has done that
-    if place.exists() or not set("*?[") & set(str(place)):
-        return [place]
-    answers: dict[Path, Labels] = {}
-    for match in sorted(map(Path, glob(str(place)))):  # noqa: PTH207 - anywhere in a path, absolute or not
-        if (checkpoint := checkpoint_in(match)) is None:
-            logger.warning("%s is left out: it holds no checkpoint", match)
-        elif not is_trained(checkpoint):
-            logger.warning("%s is left out: it is not trained to its end", match)
-        else:
-            answers[checkpoint] = read_labels(checkpoint)
-    if not answers:
-        raise CheckpointError(f"CHECKPOINT={place}: no trained run matches; name others, as runs/NAME-*")
-    first, labels = next(iter(answers.items()))
-    for other, its in answers.items():
-        if (its.classes, its.multi_label) != (labels.classes, labels.multi_label):
-            raise CheckpointError(
-                f"CHECKPOINT={place}: {first} and {other} differ in their classes, or in how many a clip may have, so "
-                "their answers cannot be averaged; name runs of one data set"
-            )
-        if to_test and its.digest != labels.digest:
-            raise CheckpointError(
-                f"CHECKPOINT={place}: {first} and {other} were trained on different data, so they are not tested "
-                "on the same clips; name runs of one data set, or other data by --data"
-            )
-    return _with_fold(list(answers)) if to_test else list(answers)
-
-
-def _with_fold(checkpoints: Sequence[Path]) -> list[Path]:
-    """Leaves out models that heard every fold, with a warning, where others did not."""
-    folds = {each: load(each / "config.yaml").data.test_fold for each in checkpoints}
-    if all(fold is None for fold in folds.values()):  # the data may have a split of their own
-        return list(checkpoints)
-    for each in (each for each, fold in folds.items() if fold is None):
-        logger.warning("%s is left out: it held no fold out (data.test_fold=null)", each.parent)
-    return [each for each, fold in folds.items() if fold is not None]
 
 
 def classify_files(models: Saved | Sequence[Saved], paths: Sequence[Path]) -> Iterator[Answer]:

@@ -36,6 +36,8 @@ class Evaluation:
     checkpoint: Path
     part: str
     """Which clips these are: of a fold, of the data set's own split, or all."""
+    digest: str
+    """Of the data set that they are from."""
     classes: tuple[str, ...]
     metrics: dict[str, float]
     clip_ids: tuple[str, ...]
@@ -91,6 +93,7 @@ def evaluate(
     return Evaluation(
         checkpoint=saved.folder,
         part=_part(clips, config, is_whole=is_foreign and fold is None),
+        digest=card.digest,
         classes=classes,
         metrics={f"test/{key}": value for key, value in scores(probability, target, multi_label=multi_label).items()},
         clip_ids=tuple(np.array(clips.ids)[indices]),

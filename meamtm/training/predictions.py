@@ -85,11 +85,11 @@ def score_predictions(
 
 
 def by_part(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    """Gives the predictions of each part, such as a fold, in the order of their names."""
+    """Gives the predictions of each part, such as a fold, in the order of their numbers."""
     parts: dict[str, list[Prediction]] = defaultdict(list)
     for each in predictions:
         parts[each.part].append(each)
-    return dict(sorted(parts.items()))
+    return dict(sorted(parts.items(), key=lambda part: (len(part[0]), part[0])))
 
 
 def confusion_of(predictions: Sequence[Prediction], classes: Sequence[str]) -> Int64[np.ndarray, "label label"]:
