@@ -39,7 +39,7 @@ HOMES = {
 }
 """Heavy libraries, and the only files that may import them."""
 
-INSIDE_FUNCTIONS = ("mlflow", "torchmetrics")
+INSIDE_FUNCTIONS = ("mlflow", "sklearn")
 """Libraries that no file may load merely by being imported."""
 
 
