@@ -41,11 +41,12 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        words = f"-m mlflow server --backend-store-uri sqlite:///{self.folder}/mlflow.db --host 127.0.0.1 --workers 1"
+        store = f"sqlite:///{self.folder}/mlflow.db?timeout=60"  # as docs/operations.md says, and so is the variable
+        words = f"-m mlflow server --backend-store-uri {store} --host 127.0.0.1 --workers 1"
         words += f" --artifacts-destination {self.folder}/artifacts --port {self.port}"
         environment = os.environ | {
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "-1",  # as docs/operations.md says
+            "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "-1",
         }
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
