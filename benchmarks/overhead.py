@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in meamtm.screen; torch reads it when it is loaded
 import torch
 
-from meamtm.config import RunConfig, load
+from meamtm.config import RunConfig, load, run_folder
 from meamtm.data.cache import open_clips
 from meamtm.data.loader import Loader
 from meamtm.data.split import split_clips
@@ -35,7 +35,7 @@ from meamtm.training.context import LocalContext
 from meamtm.training.loss import clip_losses
 from meamtm.training.optim import make_optimizer
 from meamtm.training.prepare import to_float
-from meamtm.training.run import absolute, open_record, run_folder
+from meamtm.training.run import absolute, open_record
 from meamtm.training.train import train
 
 

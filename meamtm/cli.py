@@ -144,13 +144,13 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="require that there is something to continue")] = False,
 ) -> None:
     """Train, then test on the test fold; the same command again continues, or says that it is done."""
-    from meamtm.config import load, parse_changes
+    from meamtm.config import load, parse_changes, run_folder
 
     settings = load(config, parse_changes(changes or []))  # before torch is loaded
     from meamtm.distributed import run
     from meamtm.tracking import how_to_open
     from meamtm.training.checkpoint import newest
-    from meamtm.training.run import absolute, run_folder
+    from meamtm.training.run import absolute
 
     settings = absolute(settings)
     if resume and newest(folder := run_folder(settings)) is None:
@@ -185,7 +185,7 @@ def evaluate(
     if not checkpoint.expanduser().exists():  # but a pattern
         typer.echo(f"tested: {', '.join(str(each.checkpoint) for each in found)}", err=True)
     predictions = gather_predictions(found)
-    tables.print_evaluation(found[0]) if len(found) == 1 else tables.print_ensemble(found, predictions)
+    tables.print_evaluations(found, predictions)
     if out is not None:
         write_predictions(out, predictions, found[0].classes)
 

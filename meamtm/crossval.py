@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from meamtm.config import RunConfig, flatten, override, write_yaml
+from meamtm.config import RunConfig, flatten, override, run_folder, write_yaml
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.packed import read_card
@@ -41,7 +41,7 @@ from meamtm.training.predictions import (
     score_predictions,
     write_predictions,
 )
-from meamtm.training.run import Outcome, absolute, is_tested, run_folder, tags
+from meamtm.training.run import Outcome, absolute, is_tested, tags
 from meamtm.training.teacher import find_teachers
 
 SUMMARY = "crossval.json"

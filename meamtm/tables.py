@@ -62,6 +62,14 @@ def print_crossval(result: "CrossValidation") -> None:
     typer.echo(f"folder      {result.folder}")
 
 
+def print_evaluations(evaluations: "Sequence[Evaluation]", predictions: "Sequence[Prediction]") -> None:
+    """Prints what a model does, or several alone and together; predictions are the evaluations', gathered."""
+    if len(evaluations) == 1:
+        print_evaluation(evaluations[0])
+    else:
+        print_ensemble(evaluations, predictions)
+
+
 def print_evaluation(evaluation: "Evaluation") -> None:
     """Prints what a checkpoint does on clips that it has never met, and how well it knows each class."""
     figures = (f"{key.removeprefix('test/')} {value:.4f}" for key, value in evaluation.metrics.items())

@@ -18,7 +18,7 @@ import pytest
 from command import meamtm_command
 from tiny import tiny
 
-from meamtm.config import flatten, override, write_yaml
+from meamtm.config import flatten, override, run_folder, write_yaml
 from meamtm.crossval import CrossValidation, cross_validate, crossval_folder, plan_runs
 from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
@@ -32,7 +32,7 @@ from meamtm.tracking.server import connect
 from meamtm.training.context import Stopped
 from meamtm.training.memory import peak_training_bytes
 from meamtm.training.predictions import read_predictions
-from meamtm.training.run import run_folder, run_here
+from meamtm.training.run import run_here
 
 SHORT = {"train.epochs": 2, "train.checkpoint_s": 60}
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from tiny import tiny
 
-from meamtm.config import flatten, write_yaml
+from meamtm.config import flatten, run_folder, write_yaml
 from meamtm.data.pack import pack
 from meamtm.data.packed import read_card
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.context import Stopped
-from meamtm.training.run import run_folder, run_here
+from meamtm.training.run import run_here
 
 pytestmark = pytest.mark.slow
 

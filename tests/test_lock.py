@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from tiny import tiny
 
-from meamtm.config import flatten, write_yaml
+from meamtm.config import flatten, run_folder, write_yaml
 from meamtm.errors import BusyError, ConfigError
 from meamtm.training.lock import held
-from meamtm.training.run import run_folder
 
 
 @pytest.mark.slow

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from tiny import PLAIN, Record, local, tiny
 from torch import Tensor
 
-from meamtm.config import EncoderConfig, override
+from meamtm.config import EncoderConfig, override, run_folder
 from meamtm.errors import MeamtmError
 from meamtm.model.encoder import Encoder
 from meamtm.model.masked import MaskedPrediction
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import is_trained, load_model, newest
 from meamtm.training.context import Stopped
-from meamtm.training.run import run_folder, run_here
+from meamtm.training.run import run_here
 from meamtm.training.train import train
 
 SIZE = (32, 50)

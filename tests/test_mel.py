@@ -13,13 +13,12 @@ from nnAudio.features import MelSpectrogram
 from tiny import Record, local, tiny
 from torch import Tensor
 
-from meamtm.config import MelConfig, from_flat
+from meamtm.config import MelConfig, from_flat, run_folder
 from meamtm.data.audio import read_audio
 from meamtm.errors import ConfigError
 from meamtm.model.mel import KALDI_FLOOR, LOG_FLOOR, MelLayer
 from meamtm.training.checkpoint import load_model, load_state, newest
 from meamtm.training.context import Stopped
-from meamtm.training.run import run_folder
 from meamtm.training.train import train
 
 BACKENDS = ("conv", "fft")

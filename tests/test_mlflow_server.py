@@ -17,7 +17,7 @@ from command import meamtm_command
 from mlflow_points import points_in, points_of
 from tiny import TINY, tiny
 
-from meamtm.config import TrackingConfig, flatten, write_yaml
+from meamtm.config import TrackingConfig, flatten, run_folder, write_yaml
 from meamtm.errors import ServiceError
 from meamtm.tracking import (
     MLflowSink,
@@ -29,7 +29,6 @@ from meamtm.tracking import (
     run_id_in,
 )
 from meamtm.tracking.server import connect, is_away
-from meamtm.training.run import run_folder
 
 
 class Server:

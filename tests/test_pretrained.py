@@ -22,13 +22,13 @@ from tiny import PLAIN, local, tiny
 from torch import Tensor, nn
 from transformers import ASTConfig, ASTForAudioClassification, ASTModel
 
-from meamtm.config import EncoderConfig, OptimConfig, from_flat, parse_changes
+from meamtm.config import EncoderConfig, OptimConfig, from_flat, parse_changes, run_folder
 from meamtm.errors import CheckpointError, ConfigError
 from meamtm.model.encoder import Encoder
 from meamtm.model.pretrained import Borrowed, borrow, fit_positions
 from meamtm.training.checkpoint import load_model, load_state, newest
 from meamtm.training.context import Stopped
-from meamtm.training.run import absolute, run_folder, run_here
+from meamtm.training.run import absolute, run_here
 from meamtm.training.train import train
 
 AST = {"stem": "patch", "stride": [10, 10], "pool": "cls_dist", "heads": 2, "head_dim": 8, "depth": 2, "mlp_ratio": 4.0}

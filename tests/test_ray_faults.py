@@ -18,11 +18,11 @@ import ray
 from ray.cluster_utils import Cluster
 from tiny import PLAIN, Record, local, tiny
 
-from meamtm.config import RunConfig, flatten, write_yaml
+from meamtm.config import RunConfig, flatten, run_folder, write_yaml
 from meamtm.distributed import run
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest, read_record
-from meamtm.training.run import Outcome, absolute, run_folder
+from meamtm.training.run import Outcome, absolute
 from meamtm.training.train import train
 
 pytestmark = [

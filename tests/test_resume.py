@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import Record, local, tiny
 
-from meamtm.config import flatten, write_yaml
+from meamtm.config import flatten, run_folder, write_yaml
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import load_state, newest
 from meamtm.training.context import Stopped
 from meamtm.training.notes import leave_report
-from meamtm.training.run import absolute, run_folder, run_here
+from meamtm.training.run import absolute, run_here
 from meamtm.training.train import train
 from tune.trial import run_trial
 

@@ -14,10 +14,9 @@ from test_resume import CHANGES, assert_equal, science
 from test_tune_study import recorded, write_study
 from tiny import Record, local, tiny
 
-from meamtm.config import flatten, write_yaml
+from meamtm.config import flatten, run_folder, write_yaml
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest
-from meamtm.training.run import run_folder
 from meamtm.training.train import train
 from tune.history import open_study
 from tune.plan import load_plan

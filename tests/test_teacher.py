@@ -16,7 +16,7 @@ import yaml
 from tiny import PLAIN, Record, tiny
 from torch import Tensor
 
-from meamtm.config import RunConfig, flatten, from_flat, override, signature
+from meamtm.config import RunConfig, flatten, from_flat, override, run_folder, signature
 from meamtm.crossval import cross_validate
 from meamtm.data.pack import pack
 from meamtm.data.synth import write_synth
@@ -29,7 +29,7 @@ from meamtm.training.context import Stopped
 from meamtm.training.loss import distillation_losses, logits_together
 from meamtm.training.memory import check_memory, peak_training_bytes
 from meamtm.training.prepare import TrainingBatch
-from meamtm.training.run import run_folder, run_here
+from meamtm.training.run import run_here
 from meamtm.training.step import make_learner, train_step
 from meamtm.training.teacher import Teacher, find_teachers, load_teacher
 from tune.plan import load_plan

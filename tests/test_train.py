@@ -11,7 +11,7 @@ import soundfile
 import torch
 from tiny import PLAIN, Record, local, tiny
 
-from meamtm.config import RunConfig, override
+from meamtm.config import RunConfig, override, run_folder
 from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
 from meamtm.data.synth import write_synth
@@ -21,7 +21,7 @@ from meamtm.training.context import LocalContext, Stopped
 from meamtm.training.deterministic import deterministic
 from meamtm.training.evaluate import classify, evaluate
 from meamtm.training.metrics import scores
-from meamtm.training.run import absolute, run_folder, run_here, tags
+from meamtm.training.run import absolute, run_here, tags
 from meamtm.training.train import train
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.txt"

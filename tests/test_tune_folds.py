@@ -21,13 +21,13 @@ from rich.console import Console
 from scipy.stats import binomtest
 from test_tune_study import call, cluster, command, recorded, study, wait_for, write_study  # noqa: F401
 
-from meamtm.config import RunConfig, load
+from meamtm.config import RunConfig, load, run_folder
 from meamtm.errors import ConfigError
 from meamtm.model.cost import cost
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest
 from meamtm.training.evaluate import evaluate
-from meamtm.training.run import absolute, run_folder
+from meamtm.training.run import absolute
 from tune.driver import make_scheduler
 from tune.folds import Folds
 from tune.history import choose, enqueue_finalists, open_study, point_of, repeat_of, repeats, seed_of, settle, trained

@@ -23,19 +23,19 @@ from mlflow.entities import Run
 from mlflow_points import points_of
 from tiny import TINY
 
-from meamtm.config import load
+from meamtm.config import from_flat, load, run_folder
 from meamtm.data.pack import pack
 from meamtm.errors import CheckpointError, ConfigError
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
-from meamtm.training.run import absolute, finished, run_folder
+from meamtm.training.run import absolute, finished
 from tune.__main__ import main
 from tune.driver import run_trials
 from tune.history import open_study, point_of
 from tune.interrupt import interruptible, stop_asked
 from tune.plan import Plan, load_plan
 from tune.result import Result, read_result
-from tune.runs import is_recorded
+from tune.runs import is_recorded, run_folder_of
 from tune.study import run_study
 
 # Ray Data, which Ray Train sets up beside every run, builds its own defaults in a way that it calls deprecated.
@@ -449,6 +449,12 @@ def test_a_study_that_is_told_to_stop_ends_its_runs_and_can_go_on(study):
     assert "Traceback" not in rest
     assert states(plan).keys() == {"WAITING"}
     assert {run.info.status for runs in recorded(plan).values() for run in runs} == {"KILLED"}
+
+
+@pytest.mark.parametrize("runs_dir", ["runs", "~/runs", "/mnt/runs"])
+def test_a_trials_folder_is_where_its_run_lies(runs_dir):
+    run = from_flat({"runs_dir": runs_dir, "tracking.mlflow": False})
+    assert run_folder_of(run) == run_folder(absolute(run))
 
 
 def interrupt_and_clean_up(number: signal.Signals) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from meamtm.config import RunConfig, from_flat
+from meamtm.config import RunConfig, from_flat, run_folder
 from meamtm.training.context import LocalContext
-from meamtm.training.run import run_folder
 
 TINY = {
     "data.clip_s": 0.5,

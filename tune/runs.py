@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meamtm.config import RunConfig, flatten, run_name, signature
+from meamtm.config import RunConfig, flatten, run_folder, run_name, signature
 from meamtm.errors import ServiceError
 from meamtm.tracking import MLflowSink, Status, has_all, read_rows, resolve_uri, warn_of_rest, write_rows
 from tune.folds import Folds
@@ -41,7 +41,7 @@ def start_child(
     plan: Plan, parent: MLflowSink, trial: "FrozenTrial", tags: Mapping[str, str], from_step: int
 ) -> MLflowSink:
     """Opens a trial's MLflow run below the study's, or continues it; raises ServiceError where nobody answers."""
-    from meamtm.training.run import absolute, run_folder
+    from meamtm.training.run import absolute
 
     run = absolute(plan.trial(trial.number, point_of(trial), seed_of(trial)))
     folder = run_folder(run)
@@ -58,8 +58,6 @@ def start_child(
 
 def _gather_folds(plan: Plan, run: RunConfig, folder: Path) -> None:
     """Brings what the folds of a trial have recorded together in its own folder, where MLflow's record is kept from."""
-    from meamtm.training.run import run_folder
-
     if not plan.config.inner_folds:
         return
     folds, gathered = Folds(plan.config.metric, plan.base.num_epochs), []
@@ -101,8 +99,8 @@ def _has_begun(plan: Plan, run: RunConfig) -> bool:
 
 
 def run_folder_of(run: RunConfig) -> Path:
-    """As `meamtm.training.run.run_folder` has it, without torch."""
-    return Path(run.runs_dir).resolve() / run_name(run)
+    """Names a run's folder from wherever one stands, as `meamtm.training.run.absolute` would have it, without torch."""
+    return Path(run.runs_dir).expanduser().resolve() / run_name(run)
 
 
 def send_trials(plan: Plan, study: "Study", parent: MLflowSink, tags: Mapping[str, str]) -> None:

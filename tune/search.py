@@ -15,11 +15,11 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from meamtm.config import RunConfig, Value, flatten, signature
+from meamtm.config import RunConfig, Value, flatten, run_folder, signature
 from meamtm.errors import ConfigError
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest, read_record
-from meamtm.training.run import absolute, run_folder
+from meamtm.training.run import absolute
 from tune.folds import Folds
 from tune.history import (
     OUTCOMES,

@@ -13,7 +13,7 @@ import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from meamtm.config import RunConfig, from_flat, override
+from meamtm.config import RunConfig, from_flat, override, run_folder
 from meamtm.distributed import make_trainer
 from meamtm.errors import MeamtmError
 from meamtm.tracking import JsonLines
@@ -23,7 +23,7 @@ from meamtm.training.evaluate import evaluate
 from meamtm.training.lock import held
 from meamtm.training.memory import check_memory
 from meamtm.training.notes import following
-from meamtm.training.run import report_again, run_folder
+from meamtm.training.run import report_again
 from meamtm.training.train import train
 from tune.folds import Folds
 

@@ -121,6 +121,11 @@ def run_name(config: RunConfig) -> str:
     return f"{config.name}-{signature(config)}"
 
 
+def run_folder(config: RunConfig) -> Path:
+    """Names the folder of everything that a run writes."""
+    return Path(config.runs_dir) / run_name(config)
+
+
 def parse_changes(words: Sequence[str]) -> dict[str, Any]:
     """Reads KEY=VALUE words; values are YAML."""
     changes: dict[str, Any] = {}

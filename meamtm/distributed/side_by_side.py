@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from meamtm.config import RunConfig, ScaleConfig, TrainConfig, flatten, from_flat, override
+from meamtm.config import RunConfig, ScaleConfig, TrainConfig, flatten, from_flat, override, run_folder
 from meamtm.data.packed import read_card
 from meamtm.distributed.cluster import check_resources, connect, named_address, needs, nodes, shares, spin_count
 from meamtm.distributed.workers import run
@@ -14,7 +14,7 @@ from meamtm.tracking import Listener, Metrics, read_rows
 from meamtm.training.context import Stopped
 from meamtm.training.memory import peak_training_bytes
 from meamtm.training.notes import POLL_S, is_told_to_stop, stop_sign
-from meamtm.training.run import Outcome, absolute, recall, run_folder, run_here
+from meamtm.training.run import Outcome, absolute, recall, run_here
 from meamtm.training.teacher import teacher_configs
 
 LIBRARIES_BYTES = 700_000_000

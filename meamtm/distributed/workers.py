@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from meamtm.config import RunConfig, flatten, from_flat, run_name
+from meamtm.config import RunConfig, flatten, from_flat, run_folder, run_name
 from meamtm.distributed.cluster import ENVIRONMENT, check_resources, connect, needs, spin_count
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Sink
@@ -25,15 +25,7 @@ from meamtm.training.checkpoint import NUM_KEPT, newest
 from meamtm.training.context import Stopped
 from meamtm.training.memory import check_memory
 from meamtm.training.notes import POLL_S, following, is_told_to_stop, leave_report, stop_sign
-from meamtm.training.run import (
-    Outcome,
-    absolute,
-    conclude,
-    open_record,
-    recall,
-    run_folder,
-    run_here,
-)
+from meamtm.training.run import Outcome, absolute, conclude, open_record, recall, run_here
 from meamtm.training.train import train
 
 if TYPE_CHECKING:

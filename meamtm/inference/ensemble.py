@@ -104,11 +104,10 @@ def evaluate_models(
 def parts_of(evaluations: Sequence[Evaluation], predictions: Sequence[Prediction]) -> list[Part]:
     """Tells what the models of each part do; predictions are the evaluations', gathered."""
     classes, multi_label = evaluations[0].classes, evaluations[0].confusion is None
-    score = "map" if multi_label else "accuracy"
     parts = []
     for name, clips in by_part(predictions).items():
-        alone = [each.metrics[f"test/{score}"] for each in evaluations if each.part == name]
-        together = score_predictions(clips, classes, multi_label=multi_label)[score]
+        alone = [each.score for each in evaluations if each.part == name]
+        together = score_predictions(clips, classes, multi_label=multi_label)["map" if multi_label else "accuracy"]
         parts.append(Part(name, len(clips), len(alone), sum(alone) / len(alone), together))
     return parts
 

@@ -1,8 +1,9 @@
 """A run's state <-> one self-describing folder: complete or absent, and free of code.
 
 `config.yaml`, `labels.json`, `model.safetensors` (the averaged weights, what one evaluates), `train_state.pt` (the
-weights in training, the optimizer and the cursor) and, written last, `metrics.json` with a hash of every other file.
-No random state is kept: each step draws from generators made of (seed, epoch, batch, rank)."""
+weights in training, the optimizer and the cursor) and, written last, `metrics.json` with a hash of every other file
+and, where there were any, who taught it. No random state is kept: each step draws from generators made of (seed, epoch,
+batch, rank)."""
 
 import hashlib
 import json

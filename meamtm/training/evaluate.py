@@ -48,6 +48,11 @@ class Evaluation:
     confusion: NDArray[np.int64] | None
     """(true label, named label); None where clips have several labels"""
 
+    @property
+    def score(self) -> float:
+        """The metric that counts: mean average precision where clips have several labels, accuracy elsewhere."""
+        return self.metrics["test/map" if self.confusion is None else "test/accuracy"]
+
 
 def evaluate(
     checkpoint: Path, data_path: str | None = None, fold: int | None = None, *, here: RunConfig | None = None

@@ -94,10 +94,9 @@ def by_part(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
 
 def confusion_of(predictions: Sequence[Prediction], classes: Sequence[str]) -> Int64[np.ndarray, "label label"]:
     """Counts clips by true class (row) and the one that the models name together (column); one label per clip."""
-    matrix = np.zeros((len(classes), len(classes)), np.int64)
-    for each in predictions:
-        matrix[classes.index(each.label), classes.index(each.named)] += 1
-    return matrix
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix([each.label for each in predictions], [each.named for each in predictions], labels=classes)
 
 
 def name_labels(probability: Float[np.ndarray, " label"], classes: Sequence[str], *, multi_label: bool) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from meamtm import __version__
-from meamtm.config import RunConfig, flatten, override, run_name, signature, write_yaml
+from meamtm.config import RunConfig, flatten, override, run_folder, run_name, signature, write_yaml
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.packed import read_card
@@ -241,11 +241,6 @@ def absolute(config: RunConfig) -> RunConfig:
     if config.tracking.mlflow:
         changes["tracking.uri"] = resolve_uri(config.tracking)
     return override(config, changes)
-
-
-def run_folder(config: RunConfig) -> Path:
-    """Names the folder of everything that a run writes."""
-    return Path(config.runs_dir) / run_name(config)
 
 
 def is_tested(config: RunConfig) -> bool:

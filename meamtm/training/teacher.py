@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from meamtm.config import RunConfig, flatten, load, run_name
+from meamtm.config import RunConfig, flatten, load, run_folder, run_name
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.split import split_clips
@@ -89,9 +89,10 @@ def load_teacher(checkpoint: Path, device: torch.device) -> Teacher:
 def tell_teachers(config: RunConfig, teachers: Sequence[Teacher]) -> None:
     """Says who teaches, and of an ensemble who does not for another reason than having heard other folds."""
     logger.info("taught by %s", ", ".join(teacher.checkpoint for teacher in teachers))
-    left_out = [problem for problem in _look(config)[1] if OTHER_CLIPS not in problem]
-    if config.distill.ensemble and left_out:
-        logger.warning("and not by %s", _some(left_out))
+    if config.distill.ensemble:
+        left_out = [problem for problem in _look(config)[1] if OTHER_CLIPS not in problem]
+        if left_out:
+            logger.warning("and not by %s", _some(left_out))
 
 
 def _look(config: RunConfig) -> tuple[dict[str, tuple[Path, int]], list[str]]:
@@ -114,7 +115,7 @@ def _look(config: RunConfig) -> tuple[dict[str, tuple[Path, int]], list[str]]:
 
 def _known(config: RunConfig) -> list[dict[str, str]]:
     """Reads who has taught a run so far, if it has begun."""
-    checkpoint = newest(Path(config.runs_dir) / run_name(config))
+    checkpoint = newest(run_folder(config))
     if checkpoint is None:
         return []
     if (known := read_record(checkpoint).get("teachers")) is not None:
