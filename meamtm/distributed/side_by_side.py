@@ -12,13 +12,10 @@ from meamtm.distributed.workers import run
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Listener, Metrics, read_rows
 from meamtm.training.context import Stopped
-from meamtm.training.memory import peak_training_bytes
+from meamtm.training.memory import LIBRARIES_BYTES, peak_training_bytes
 from meamtm.training.notes import POLL_S, is_told_to_stop, stop_sign
 from meamtm.training.run import Outcome, absolute, recall, run_here
 from meamtm.training.teacher import teacher_configs
-
-LIBRARIES_BYTES = 700_000_000
-"""What a process with torch and MLflow holds before it trains."""
 
 Heard = Callable[[int, Metrics, int], None]
 """Takes the number of a run, the metrics of one of its epochs and that epoch's number."""

@@ -32,6 +32,8 @@ from meamtm.training.teacher import teacher_configs
 
 CGROUPS = Path("/sys/fs/cgroup")
 CPU = torch.device("cpu")
+LIBRARIES_BYTES = 700_000_000
+"""What a process with torch and MLflow holds before it trains."""
 
 
 def peak_training_bytes(
@@ -95,22 +97,25 @@ def checkpoint_bytes(config: RunConfig, num_labels: int = 10) -> int:
 
 def check_memory(config: RunConfig, device: torch.device) -> None:
     """Raises ConfigError where training cannot fit into a device's memory, whatever else is in it."""
-    clips = open_clips(config.data, config.mel.sample_rate_hz)
-    loader = training_loader(config, clips, split_clips(clips, config.data).train)
     there = (
         int(config.scale.gpus_per_worker * torch.cuda.get_device_properties(device).total_memory)
         if device.type == "cuda"
         else memory_limit_bytes(CGROUPS)
     )
-    most_clips = min(config.train.batch_size, loader.num_heard)
-    largest = override(config, {"train.batch_size": most_clips})
-    needed = peak_training_bytes(largest, len(clips.classes), device, teacher_configs(config))
-    if needed > there:
+    if (needed := needed_bytes(config, device)) > there:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} takes {needed / 1e9:,.1f} GB at training's peak, and there "
             f"are {there / 1e9:,.1f} GB; lower it, raise train.accumulation_steps or scale.workers, or set "
             f"train.grad_checkpointing=true"
         )
+
+
+def needed_bytes(config: RunConfig, device: torch.device = CPU) -> int:
+    """Estimates the peak of training on a run's own clips: a batch holds no more than an epoch hears."""
+    clips = open_clips(config.data, config.mel.sample_rate_hz)
+    loader = training_loader(config, clips, split_clips(clips, config.data).train)
+    largest = override(config, {"train.batch_size": min(config.train.batch_size, loader.num_heard)})
+    return peak_training_bytes(largest, len(clips.classes), device, teacher_configs(config))
 
 
 def memory_limit_bytes(cgroups: Path, mine: Path = Path("/proc/self/cgroup")) -> int:
