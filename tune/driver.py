@@ -142,7 +142,7 @@ def placement_of(plan: Plan) -> Placement:
     num_trials = min(plan.config.max_concurrent or slots, plan.config.trials)
     if "GPU" not in wanted:
         num_processes = num_trials * max(1, scale.most_workers)
-        room = Room(memory_share(wanted, num_processes) - LIBRARIES_BYTES, num_processes)
+        room = Room(max(1.0, memory_share(wanted, num_processes) - LIBRARIES_BYTES), num_processes)
     return Placement(wanted, num_trials, room)
 
 
