@@ -46,6 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ast": AST | {"train.batch_size": 2},
     "small ast, half left out": SMALL_AST | {"encoder.patchout_time": 0.5},
     "small ast, checkpointing": SMALL_AST | {"train.grad_checkpointing": True},
+    "small ast, sharpness-aware": SMALL_AST | {"optim.sam_rho": 0.05},
     "ast, bf16": AST | {"train.batch_size": 2, "train.precision": "bf16"},
 }
 MEASURE = """

@@ -68,7 +68,7 @@ def _learning_bytes(
                     model(_image(teacher, config.clip_samples, num_clips))
             logits = encoder(_image(config, config.clip_samples, num_clips))
         logits.float().logsumexp(1).sum().backward()
-    kept_copies = 1 + (config.train.ema_decay > 0) + (config.train.keep == "best")
+    kept_copies = 1 + (config.train.ema_decay > 0) + (config.train.keep == "best") + (config.optim.sam_rho > 0)
     return count.peak_bytes + kept_copies * _weight_bytes(encoder) + sum(map(_weight_bytes, teaching))
 
 
@@ -85,7 +85,8 @@ def _guessing_bytes(
             errors = masked(_image(config, config.clip_samples, num_clips))
         errors.sum().backward()
     waiting = [weightless(teacher, num_labels) for teacher in teachers]
-    return count.peak_bytes + _weight_bytes(masked) + sum(map(_weight_bytes, waiting))
+    kept_copies = 1 + (config.optim.sam_rho > 0)
+    return count.peak_bytes + kept_copies * _weight_bytes(masked) + sum(map(_weight_bytes, waiting))
 
 
 def checkpoint_bytes(config: RunConfig, num_labels: int = 10) -> int:

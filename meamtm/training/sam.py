@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -18,12 +18,11 @@ def worst_nearby(model: nn.Module, radius: float) -> Iterator[None]:
     places = [weight.detach().clone() for weight in weights]
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
-    uphill = [weight.grad for weight in weights if weight.grad is not None]
-    stride = radius / nn.utils.get_total_norm(uphill).clamp_min(1e-12)
+    stride = radius / nn.utils.get_total_norm([_gradient(weight) for weight in weights]).clamp_min(1e-12)
     with torch.no_grad():
-        for weight, gradient in zip(weights, uphill, strict=True):
-            weight.addcmul_(gradient, stride)
-    model.zero_grad(set_to_none=True)
+        for weight in weights:
+            weight.addcmul_(_gradient(weight), stride)
+    model.zero_grad(set_to_none=True)  # nothing else holds them, so that their memory is free again
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -34,3 +33,8 @@ def worst_nearby(model: nn.Module, radius: float) -> Iterator[None]:
         with torch.no_grad():
             for weight, place in zip(weights, places, strict=True):
                 weight.copy_(place)
+
+
+def _gradient(weight: nn.Parameter) -> Tensor:
+    assert weight.grad is not None, "weights without one stay where they are"
+    return weight.grad
