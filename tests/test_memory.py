@@ -110,6 +110,26 @@ def test_the_peak_is_foretold_within_a_tenth() -> None:
     assert foretold == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["small, in parts", "guessing", "small ast, sharpness-aware"])
+def test_what_takes_no_memory_is_counted_once(kind: str) -> None:
+    config = from_flat(KINDS[kind])
+    other = {
+        "name": "other",
+        "optim.lr": 3e-4,
+        "train.seed": 1,
+        "train.epochs": 7,
+        "mix.kind": "none",
+        "data.test_fold": 3,
+    }
+    once = peak_training_bytes(config)
+    count = memory._peak_bytes
+    assert once == count.__wrapped__(config, 10, torch.device("cpu"), ())  # type: ignore[reportFunctionMemberAccess]
+    num_counted = count.cache_info().misses
+    assert peak_training_bytes(override(config, other)) == once
+    assert count.cache_info().misses == num_counted
+    assert peak_training_bytes(override(config, {"train.batch_size": 5})) != once
+
+
 def test_training_that_cannot_fit_is_refused_before_it_starts(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
     changes = {"encoder.depth": 48, "encoder.heads": 64, "encoder.head_dim": 64}
     with pytest.raises(

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
-from meamtm.config import RunConfig, ScaleConfig, TrainConfig, flatten, from_flat, override, run_folder
+from meamtm.config import RunConfig, ScaleConfig, flatten, from_flat, override, run_folder
 from meamtm.data.packed import read_card
 from meamtm.distributed.cluster import check_resources, connect, named_address, needs, nodes, shares, spin_count
 from meamtm.distributed.workers import run
@@ -131,21 +132,11 @@ def _share(todo: Mapping[int, RunConfig], scale: ScaleConfig) -> dict[str, Any]:
 
 
 def largest_peak_bytes(configs: Iterable[RunConfig]) -> int:
-    """Estimates the most memory that a run allocates; those that differ in fold and seed alone, as do their teachers,
-    allocate as much."""
-    kinds: dict[Any, tuple[RunConfig, list[RunConfig]]] = {}
-    for config in configs:
-        teachers = teacher_configs(config)
-        model = (config.mel, config.encoder, config.pretrain, *((each.mel, each.encoder) for each in teachers))
-        kinds[(config.data.path, config.data.clip_s, *model, config.optim, _seedless(config))] = (config, teachers)
-    labels = {path: len(read_card(path).classes) for path in {config.data.path for config, _ in kinds.values()}}
+    """Estimates the most memory that a run allocates."""
+    labels = cache(lambda path: len(read_card(path).classes))
     return max(
-        peak_training_bytes(config, labels[config.data.path], teachers=teachers) for config, teachers in kinds.values()
+        peak_training_bytes(config, labels(config.data.path), teachers=teacher_configs(config)) for config in configs
     )
-
-
-def _seedless(config: RunConfig) -> TrainConfig:
-    return config.train.model_copy(update={"seed": 0})
 
 
 def _mistake(error: BaseException) -> BaseException:

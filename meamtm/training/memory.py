@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,22 @@ def peak_training_bytes(
     teachers, with the kernels of a CPU and in the precision that the device has. What the system shows of a process is
     more, by the fragments of its heap (docs/results.md).
     """
+    kinds = [_large(each) for each in (config, *teachers)]  # frozen, so pydantic gives them a hash
+    return _peak_bytes(kinds[0], num_labels, device, tuple(kinds[1:]))  # type: ignore[reportArgumentType]
+
+
+def _large(config: RunConfig) -> RunConfig:
+    """Leaves of a config what takes memory, so that runs of other folds, seeds, rates or mixing are counted once."""
+    plain = RunConfig()
+    kept = {section: getattr(config, section) for section in ("mel", "encoder", "pretrain", "scale")}
+    kept["data"] = plain.data.model_copy(update={"clip_s": config.data.clip_s})
+    kept["optim"] = plain.optim.model_copy(update=config.optim.model_dump(include={"name", "sam_rho"}))
+    kept["train"] = config.train.model_copy(update=plain.train.model_dump(include={"seed", "epochs", "epoch_batches"}))
+    return plain.model_copy(update=kept)
+
+
+@lru_cache(maxsize=256)
+def _peak_bytes(config: RunConfig, num_labels: int, device: torch.device, teachers: tuple[RunConfig, ...]) -> int:
     num_clips = -(-config.train.batch_size // max(config.scale.least_workers, 1))
     num_at_once = -(-num_clips // config.train.accumulation_steps)
     state_bytes = 4 * count_state(config, num_labels)
