@@ -7,9 +7,7 @@ import pytest
 from optuna.trial import TrialState
 
 from meamtm.errors import ConfigError
-from meamtm.training.memory import needed_bytes
 from tune.history import open_study, ranked, requeue, rows, settle, trained
-from tune.limits import Room
 from tune.plan import Plan, load_plan
 from tune.search import TruthfulSearch
 
@@ -132,28 +130,6 @@ def test_start_points_over_the_limits_are_told(tmp_path):
     assert re.fullmatch(
         r"the start point \{'encoder\.heads': 4\} is left out: \d+ exceed limits\.max_params=40000", told
     )
-
-
-@pytest.mark.parametrize("is_given", [False, True], ids=["a share of the machine's", "a limit"])
-def test_what_does_not_fit_into_memory_is_rejected_before_it_trains(tmp_path, packed, cache_dir, is_given):
-    words = [f"data.path={packed}", f"data.cache_dir={cache_dir}", "start=[{encoder.heads: 4}, {encoder.heads: 1}]"]
-    plan = make_plan(tmp_path, *words)
-    small, large = (needed_bytes(plan.trial(0, {"encoder.heads": heads})) for heads in (1, 4))
-    limit_gb = (small + large) / 2e9
-    if is_given:
-        plan = make_plan(tmp_path, *words, f"limits.max_memory_gb={limit_gb}")
-    search = TruthfulSearch(plan, Room(small - 1, 3) if is_given else Room(1e9 * limit_gb, 2))
-    assert search.suggest("a")["run"]["encoder.heads"] == 1
-    [told] = search.refusals
-    name = "limits.max_memory_gb=" if is_given else "what each of 2 training at once has, .* a smaller max_concurrent"
-    assert re.match(rf"the start point .*4\}} is left out: [\d.]+ GB at training's peak exceed {name}", told)
-    over = open_study(plan).trials[0].constraints["limits"]
-    assert over == pytest.approx(large / (1e9 * limit_gb) - 1)
-
-
-def test_a_study_keeps_its_name_where_memory_has_no_limit(tmp_path):
-    assert make_plan(tmp_path).name == "s-80336862"
-    assert make_plan(tmp_path, "limits.max_memory_gb=4").name != make_plan(tmp_path).name
 
 
 def test_what_fails_is_not_tried_again_unless_its_worker_died(tmp_path):

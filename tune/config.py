@@ -36,11 +36,6 @@ class LimitsConfig(Section):
         default=None, gt=0, description="multiply-adds of one clip forward, without its spectrogram; null: no limit"
     )
     max_tokens: int | None = Field(default=None, ge=1, description="tokens that the encoder sees; null: no limit")
-    max_memory_gb: float | None = Field(
-        default=None,
-        gt=0,
-        description="1e9 bytes that training takes at its peak; null: a trial's share of its node's, on GPUs no limit",
-    )
 
 
 class StudyConfig(Section):

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,9 @@ import ray.tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from meamtm.config import ScaleConfig
-from meamtm.distributed import check_resources, connect, connected_for_now, memory_share, needs, room_for, with_memory
+from meamtm.distributed import check_resources, connect, connected_for_now, needs, room_for
 from meamtm.tracking import MLflowSink
-from meamtm.training.memory import LIBRARIES_BYTES, needed_bytes
-from meamtm.training.run import absolute
 from tune.history import requeue, settle, trained
-from tune.limits import Room
 from tune.plan import Plan
 from tune.race import RacingASHA, RacingFIFO
 from tune.record import Recorder
@@ -45,18 +41,6 @@ NOTHING = {"memory": 1.0}
 """A byte: what a trial reserves that only waits for its Ray Train workers; Ray refuses a reservation of nothing."""
 
 
-@dataclass(frozen=True)
-class Placement:
-    """How a study's trials lie on a cluster."""
-
-    of_a_process: dict[str, float]
-    """what a trial's own process, or each of its workers, takes of a node"""
-    num_trials: int
-    """that run at once"""
-    room: Room | None
-    """for a process's training; None on GPUs, whose memory nobody knows before a trial is there"""
-
-
 def run_trials(
     plan: Plan, parent: MLflowSink | None, tags: Mapping[str, str], tell: Callable[[str], None], num_trials: int
 ) -> None:
@@ -64,11 +48,10 @@ def run_trials(
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with _log_of_ray(plan.folder / "ray.log"), _cluster(plan.base.scale):
-        placement = placement_of(plan)
-        search = TruthfulSearch(plan, placement.room)
+        search = TruthfulSearch(plan)
         recorder = Recorder(plan, search, parent, tags, tell)
         try:
-            _make_tuner(plan, search, recorder, placement, num_trials).fit()
+            _make_tuner(plan, search, recorder, num_trials).fit()
             search.check_failures()
             if search.exhausted is not None:
                 tell(f"{plan.name}: {search.exhausted}, so the search ends; widen the space")
@@ -78,18 +61,17 @@ def run_trials(
             recorder.close("KILLED")
 
 
-def _make_tuner(
-    plan: Plan, search: TruthfulSearch, recorder: Recorder, placement: Placement, num_trials: int
-) -> ray.tune.Tuner:
+def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder, num_trials: int) -> ray.tune.Tuner:
     scale = plan.base.scale
+    resources, slots = _placement(scale)
     return ray.tune.Tuner(
-        ray.tune.with_resources(run_trial, placement.of_a_process if scale.most_workers == 0 else NOTHING),
+        ray.tune.with_resources(run_trial, resources),
         tune_config=ray.tune.TuneConfig(
             search_alg=search,
             scheduler=make_scheduler(plan, search.study),
             num_samples=num_trials,
             # One trial more than there is room for would be suggested without knowing how the others end.
-            max_concurrent_trials=min(placement.num_trials, num_trials),
+            max_concurrent_trials=min(plan.config.max_concurrent or slots, num_trials),
             time_budget_s=plan.config.time_budget_s,
             reuse_actors=scale.most_workers == 0,
             trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:04d}-{trial.trial_id}",
@@ -131,19 +113,11 @@ def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
     return scheduler
 
 
-def placement_of(plan: Plan) -> Placement:
-    """Counts on the memory of the base run, as far as a node has it; where GPUs tell how many run at once, on none."""
-    scale = plan.base.scale
+def _placement(scale: ScaleConfig) -> tuple[dict[str, float], int]:
+    """What Ray reserves for a trial's own process, and how many trials the cluster holds."""
     check_resources(scale)
-    wanted, room = needs(scale), None
-    if "GPU" not in wanted:
-        wanted = with_memory(wanted, needed_bytes(absolute(plan.base)) + LIBRARIES_BYTES)
-    slots = max(1, room_for(wanted) // max(1, scale.most_workers))
-    num_trials = min(plan.config.max_concurrent or slots, plan.config.trials)
-    if "GPU" not in wanted:
-        num_processes = num_trials * max(1, scale.most_workers)
-        room = Room(max(1.0, memory_share(wanted, num_processes) - LIBRARIES_BYTES), num_processes)
-    return Placement(wanted, num_trials, room)
+    slots = max(1, room_for(needs(scale)) // max(1, scale.most_workers))
+    return (needs(scale) if scale.most_workers == 0 else NOTHING), slots
 
 
 @contextmanager

@@ -30,9 +30,6 @@ from meamtm.errors import ConfigError
 from tune.config import StudyConfig
 from tune.space import Range, Space, encode, parse_ranges
 
-LATER = ("max_memory_gb",)
-"""Limits that earlier versions did not have: where they are not set, a study keeps its name."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -53,7 +50,7 @@ class Plan:
             "objective": [self.config.objective, self.config.mode],
             "inner_folds": self.config.inner_folds,
             "seed": self.config.seed,
-            "limits": {key: limit for key, limit in flatten(self.config.limits).items() if key not in LATER or limit},
+            "limits": flatten(self.config.limits),
         }
         return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -32,7 +32,7 @@ from tune.history import (
     seed_of,
     waiting_repeats,
 )
-from tune.limits import Room, excess
+from tune.limits import excess
 from tune.plan import Plan
 from tune.space import decode, encode
 
@@ -51,7 +51,7 @@ STATES = {outcome: TrialState[name] for name, outcome in OUTCOMES.items()}
 class TruthfulSearch(OptunaSearch):
     """Suggests the runs of a plan; its only memory is the study's file, so that any later driver continues it."""
 
-    def __init__(self, plan: Plan, room: Room | None = None) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__(
             space=plan.space,
             metric=plan.metrics,
@@ -60,7 +60,7 @@ class TruthfulSearch(OptunaSearch):
             storage=open_storage(plan),
             sampler=make_sampler(plan, 0),
         )
-        self.plan, self.room = plan, room
+        self.plan = plan
         self.exhausted: str | None = None
         """Why the search ended early: nothing new is suggested any more."""
         self.refusals: list[str] = []
@@ -187,7 +187,7 @@ class TruthfulSearch(OptunaSearch):
 
     def _reject(self, trial: optuna.Trial, point: Mapping[str, Value]) -> str | None:
         """Ends a suggestion that builds no run, or one over the limits, and returns why; Optuna learns to avoid it."""
-        over, reason = excess(self.plan, trial.number, point, self.room)
+        over, reason = excess(self.plan, trial.number, point)
         if not trial.constraints:
             trial.set_constraint("limits", over)
         if reason is not None:

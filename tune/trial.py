@@ -90,8 +90,7 @@ class ReportFold(TuneReportCallback):
 def _train_here(run: RunConfig, folds: Folds) -> dict[str, float]:
     torch.set_num_threads(run.scale.worker_threads)
     folder, device = run_folder(run), choose_device(run.scale)
-    if device.type == "cuda":  # elsewhere the search has looked
-        check_memory(run, device)
+    check_memory(run, device)
     with held(folder, RELEASE_S), closing(JsonLines(folder / "metrics.jsonl")) as lines:
         lines.start({}, {}, from_step=_epochs_done(run))
         context = TrialContext(

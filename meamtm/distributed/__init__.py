@@ -5,10 +5,8 @@ from meamtm.distributed.cluster import (
     connect,
     connected_for_now,
     disconnect,
-    memory_share,
     needs,
     room_for,
-    with_memory,
 )
 from meamtm.distributed.side_by_side import Heard, run_all
 from meamtm.distributed.workers import make_trainer, run
@@ -20,10 +18,8 @@ __all__ = [
     "connected_for_now",
     "disconnect",
     "make_trainer",
-    "memory_share",
     "needs",
     "room_for",
     "run",
     "run_all",
-    "with_memory",
 ]

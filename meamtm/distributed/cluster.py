@@ -136,28 +136,7 @@ def needs(scale: ScaleConfig) -> dict[str, float]:
 
 def room_for(wanted: Mapping[str, float]) -> int:
     """Counts how many processes have room, each of them on one node."""
-    return sum(_room_on(node, wanted) for node in nodes())
-
-
-def with_memory(wanted: Mapping[str, float], num_bytes: float) -> dict[str, float]:
-    """Adds memory to what a process takes of a node, as far as one that has the rest has it."""
-    most = max(node.get("memory", 0) for node in nodes() if _room_on(node, wanted) > 0)
-    return {**wanted, "memory": min(num_bytes, most)}
-
-
-def memory_share(wanted: Mapping[str, float], most: int) -> float:
-    """Gives the bytes that each process has where a node runs as many at once as it has room for, `most` at most.
-
-    They are shares of what was free when the node started, of which Ray reserves a part for its own store."""
-    return min(
-        (node.get("memory", 0) + node.get("object_store_memory", 0)) / min(room, most)
-        for node in nodes()
-        if (room := _room_on(node, wanted)) > 0
-    )
-
-
-def _room_on(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
-    return min(shares(kind, node.get(kind, 0), amount) for kind, amount in wanted.items())
+    return sum(min(shares(kind, node.get(kind, 0), amount) for kind, amount in wanted.items()) for node in nodes())
 
 
 def shares(kind: str, has: float, amount: float) -> int:
