@@ -26,6 +26,17 @@ class ConfigError(MeamtmError):
     """A configuration key or value that cannot be used."""
 
 
+class TooLargeError(ConfigError):
+    """A configuration whose training cannot fit into memory; `excess` says by which fraction of what there is."""
+
+    def __init__(self, message: str, excess: float = 0.0) -> None:
+        super().__init__(message, excess)  # both, so that it can be pickled
+        self.excess = excess
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class DataError(MeamtmError):
     """Audio, labels or a data set that cannot be used."""
 

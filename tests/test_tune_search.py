@@ -132,6 +132,35 @@ def test_start_points_over_the_limits_are_told(tmp_path):
     )
 
 
+def test_what_does_not_fit_into_memory_is_rejected_and_another_takes_its_place(tmp_path):
+    no = ("space.optim.lr=null", "space.optim.step_gamma=null", "space.optim.schedule=null")
+    search = TruthfulSearch(make_plan(tmp_path, *no, "trials=3", "max_failed_trials=0"))
+    heads = [search.suggest(name)["run"]["encoder.heads"] for name in "abc"]
+    reason = "train.batch_size=32 takes 9.0 GB at training's peak, and there are 6.0 GB for each of 2"
+    search.on_trial_complete("a", {"failure": reason, "excess": 0.5})
+    search.on_trial_complete("b", report(search, "b", 0.1, 0.2, 0.3))
+    too_large = open_study(search.plan).trials[0]
+    assert (too_large.state, too_large.constraints["memory"]) == (TrialState.PRUNED, 0.5)
+    assert too_large.user_attrs["rejected"] == reason
+    assert [trial.number for trial in trained(open_study(search.plan))] == [1]
+    search.check_failures()  # of which this is none
+    assert search.suggest("d")["run"]["encoder.heads"] not in heads
+    assert search.suggest("e") == search.FINISHED, "what was too large is not tried again"
+
+
+def test_a_search_in_which_nothing_fits_into_memory_ends(tmp_path):
+    search = TruthfulSearch(make_plan(tmp_path))
+    for number in range(50):
+        search.suggest(str(number))
+        search.on_trial_complete(str(number), {"failure": "train.batch_size=32 takes 9.0 GB", "excess": 0.5})
+    with pytest.raises(
+        ConfigError, match=r"50 trials in a row do not fit into memory, the last of them, trial 49, .* narrow the space"
+    ):
+        search.suggest("last")
+    search = TruthfulSearch(search.plan)
+    assert search.suggest("on a larger machine")["number"] == 50
+
+
 def test_what_fails_is_not_tried_again_unless_its_worker_died(tmp_path):
     no = ("space.optim.lr=null", "space.optim.step_gamma=null", "space.optim.schedule=null")
     search = TruthfulSearch(make_plan(tmp_path, *no, "space.encoder.heads={int: [1, 3]}"))

@@ -1,9 +1,11 @@
 """Real studies on a real cluster: from the first suggestion to the test fold, through kills and back."""
 
 import csv
+import itertools
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 import ray
+import torch
 import yaml
 from mlflow.entities import Run
 from mlflow_points import points_of
@@ -25,13 +28,15 @@ from tiny import TINY
 
 from meamtm.config import from_flat, load, run_folder
 from meamtm.data.pack import pack
-from meamtm.errors import CheckpointError, ConfigError
+from meamtm.errors import CheckpointError, ConfigError, TooLargeError
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
+from meamtm.training import memory
+from meamtm.training.memory import LIBRARIES_BYTES, check_memory, needed_bytes
 from meamtm.training.run import absolute, finished
 from tune.__main__ import main
-from tune.driver import run_trials
-from tune.history import open_study, point_of
+from tune.driver import count_at_once, run_trials
+from tune.history import open_study, point_of, trained
 from tune.interrupt import interruptible, stop_asked
 from tune.plan import Plan, load_plan
 from tune.result import Result, read_result
@@ -295,7 +300,7 @@ def test_failed_trials_are_failures_everywhere_and_end_the_study(cluster, study)
 
 
 @pytest.mark.ray
-def test_a_study_outlives_trials_that_diverge_or_do_not_fit_into_memory(cluster, study):
+def test_a_study_outlives_a_trial_that_diverges_and_replaces_one_that_does_not_fit_into_memory(cluster, study):
     settings = yaml.safe_load(study.read_text())
     good, large = {"encoder.heads": 2, "encoder.head_dim": 8}, {"encoder.heads": 64, "encoder.head_dim": 256}
     settings["space"] = {key: {"choice": [good[key], large[key]]} for key in good}
@@ -304,15 +309,39 @@ def test_a_study_outlives_trials_that_diverge_or_do_not_fit_into_memory(cluster,
     settings["set"] = {key: value for key, value in settings["set"].items() if key not in settings["space"]}
     settings["set"] |= {"optim.name": "sgd", "optim.weight_decay": 1.0, "optim.clip_grad": 0, "train.batch_size": 5}
     settings["set"] |= {"encoder.depth": 8}
-    study.write_text(yaml.safe_dump(settings | {"trials": 3, "max_concurrent": 1, "asha": {"enabled": False}}))
-    plan = load_plan(study)
-    run_study(plan, lambda _: None)
-    assert [trial.state.name for trial in open_study(plan).trials] == ["FAIL", "FAIL", "COMPLETE"]
+    study.write_text(yaml.safe_dump(settings | {"trials": 3, "max_failed_trials": 1, "asha": {"enabled": False}}))
+    plan, lines = load_plan(study, ["max_concurrent=1"]), []
+    run_study(plan, lines.append)
+    ended = open_study(plan).trials
+    assert [trial.state.name for trial in ended[:3]] == ["FAIL", "PRUNED", "COMPLETE"]
+    assert len(trained(open_study(plan))) == 3
+    assert any(re.search(r"1/3  trial 1 +rejected .* GB at training's peak", line) for line in lines), lines
     below = {str(run.info.run_name): run for run in recorded(plan)[plan.name]}
     reasons = [below[f"trial-000{number}"].data.tags["error"] for number in (0, 1)]
     assert re.match(r"train/loss is (nan|inf) at step \d+ of epoch \d; lower optim\.lr \(10\)", reasons[0]), reasons[0]
     assert re.search(r"takes [\d,.]+ GB at training's peak, and there are", reasons[1]), reasons[1]
     assert [below[f"trial-000{number}"].info.status for number in range(3)] == ["FAILED", "FAILED", "FINISHED"]
+
+
+@pytest.mark.ray
+def test_memory_says_how_many_trials_train_at_once_and_how_large_they_may_be(cluster, study):
+    """Two that need two thirds of it each train one after the other, and told to train at once, not at all."""
+    there = ray.cluster_resources()["memory"]
+    assert count_at_once(load_plan(study)) == 2
+    words = ["space.encoder.depth=null", "encoder.heads=64", "encoder.head_dim=64", "start=[{optim.lr: 1.0e-3}]"]
+    for depth in itertools.count(1):
+        plan = load_plan(study, [*words, f"encoder.depth={depth}"])
+        if (needed := needed_bytes(plan.base)) > 0.6 * there:
+            break
+    assert count_at_once(plan) == 1
+    limit = int(needed / 0.9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "memory_limit_bytes", lambda _: limit)
+        check_memory(plan.base, torch.device("cpu"))
+        with pytest.raises(TooLargeError, match=r"GB for each of 2; train fewer at once") as refused:
+            check_memory(plan.base, torch.device("cpu"), 2)
+    assert refused.value.excess == pytest.approx(needed / (limit // 2 - LIBRARIES_BYTES) - 1)
+    assert pickle.loads(pickle.dumps(refused.value)).excess == refused.value.excess  # noqa: S301 (a worker's arrives)
 
 
 @pytest.mark.ray

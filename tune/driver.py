@@ -15,8 +15,10 @@ import ray.tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from meamtm.config import ScaleConfig
-from meamtm.distributed import check_resources, connect, connected_for_now, needs, room_for
+from meamtm.distributed import check_resources, connect, connected_for_now, needs, room_for, room_with_memory
 from meamtm.tracking import MLflowSink
+from meamtm.training.memory import LIBRARIES_BYTES, needed_bytes
+from meamtm.training.run import absolute
 from tune.history import requeue, settle, trained
 from tune.plan import Plan
 from tune.race import RacingASHA, RacingFIFO
@@ -48,7 +50,7 @@ def run_trials(
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with _log_of_ray(plan.folder / "ray.log"), _cluster(plan.base.scale):
-        search = TruthfulSearch(plan)
+        search = TruthfulSearch(plan, count_at_once(plan))
         recorder = Recorder(plan, search, parent, tags, tell)
         try:
             _make_tuner(plan, search, recorder, num_trials).fit()
@@ -63,15 +65,14 @@ def run_trials(
 
 def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder, num_trials: int) -> ray.tune.Tuner:
     scale = plan.base.scale
-    resources, slots = _placement(scale)
     return ray.tune.Tuner(
-        ray.tune.with_resources(run_trial, resources),
+        ray.tune.with_resources(run_trial, needs(scale) if scale.most_workers == 0 else NOTHING),
         tune_config=ray.tune.TuneConfig(
             search_alg=search,
             scheduler=make_scheduler(plan, search.study),
             num_samples=num_trials,
             # One trial more than there is room for would be suggested without knowing how the others end.
-            max_concurrent_trials=min(plan.config.max_concurrent or slots, num_trials),
+            max_concurrent_trials=min(search.at_once, num_trials),
             time_budget_s=plan.config.time_budget_s,
             reuse_actors=scale.most_workers == 0,
             trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:04d}-{trial.trial_id}",
@@ -113,11 +114,22 @@ def make_scheduler(plan: Plan, study: "Study") -> TrialScheduler:
     return scheduler
 
 
-def _placement(scale: ScaleConfig) -> tuple[dict[str, float], int]:
-    """What Ray reserves for a trial's own process, and how many trials the cluster holds."""
+def count_at_once(plan: Plan) -> int:
+    """Counts trials that train at once: what the study says, or as many as processors, GPUs and memory have room for.
+
+    Memory is that of the largest start point, or where there is none, of the base run. A GPU's is shared by
+    `scale.gpus_per_worker`, and several workers are looked at by themselves."""
+    scale = plan.base.scale
     check_resources(scale)
-    slots = max(1, room_for(needs(scale)) // max(1, scale.most_workers))
-    return (needs(scale) if scale.most_workers == 0 else NOTHING), slots
+    if plan.config.max_concurrent is not None:
+        return plan.config.max_concurrent
+    wanted = needs(scale)
+    if scale.most_workers > 0:
+        return max(1, room_for(wanted) // scale.most_workers)
+    if "GPU" in wanted:
+        return room_for(wanted)
+    runs = [plan.trial(0, point) for point in plan.config.start] or [plan.base]
+    return room_with_memory(wanted, LIBRARIES_BYTES + max(needed_bytes(absolute(run)) for run in runs))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from meamtm.config import Value
+from meamtm.errors import ConfigError
 from tune.plan import Plan
 from tune.result import Row, pareto_fronts
 from tune.space import decode
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from optuna.trial import FrozenTrial, Trial
 
-Outcome = Literal["complete", "pruned", "failed"]
+Outcome = Literal["complete", "pruned", "failed", "rejected"]
+REJECTED_IN_A_ROW = 50
+"""Suggestions over the limits or made before, or trials too large, one after another, before a search ends."""
 OUTCOMES: dict[str, Outcome] = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
-"""By the name of Optuna's state."""
+"""By the name of Optuna's state; what was rejected is PRUNED too, and marked."""
 
 
 def open_storage(plan: Plan) -> "RDBStorage":
@@ -45,7 +48,10 @@ def open_study(plan: Plan) -> "Study":
 
 
 def judge(result: Mapping[str, Any] | None, objective: str, epochs: int) -> Outcome:
-    """Says how a trial ended from what it reported last; one that did not reach its last epoch was stopped early."""
+    """Says how a trial ended from what it reported last; one that did not reach its last epoch was stopped early, one
+    that exceeds its memory is rejected."""
+    if result and "excess" in result:
+        return "rejected"
     value = (result or {}).get(objective)
     if not result or result.get("failure") or value is None or not math.isfinite(value):
         return "failed"
@@ -118,8 +124,27 @@ def failed(study: "Study") -> "list[FrozenTrial]":
 
 
 def is_rejected(trial: "FrozenTrial") -> bool:
-    """Whether a suggestion was refused before training."""
+    """Whether a suggestion was refused before training, by the study's limits or for want of memory."""
     return "rejected" in trial.user_attrs
+
+
+def is_refused(trial: "FrozenTrial") -> bool:
+    """Whether a trial found too little memory where it was to train, so that another takes its place."""
+    return "memory" in trial.constraints
+
+
+def refused(study: "Study") -> "list[FrozenTrial]":
+    """Trials that found too little memory."""
+    return [trial for trial in study.get_trials(deepcopy=False) if is_refused(trial)]
+
+
+def too_large(study: "Study") -> ConfigError:
+    """Says that nothing fits into memory any more."""
+    last = refused(study)[-1]
+    return ConfigError(
+        f"{REJECTED_IN_A_ROW} trials in a row do not fit into memory, the last of them, trial {last.number}, as "
+        f"{last.user_attrs['error']}; narrow the space"
+    )
 
 
 def requeue(study: "Study") -> int:

@@ -84,7 +84,7 @@ class Recorder(ray.tune.Callback):
 
     def _end(self, trial: Any, outcome: Outcome) -> None:
         known = self.search.known(trial.trial_id)
-        error = known.user_attrs.get("error", "") if outcome == "failed" else ""
+        error = known.user_attrs.get("error", "") if outcome in ("failed", "rejected") else ""
         if sink := self.sinks.pop(trial.trial_id, None):
             end_child(sink, outcome, error)
         value = (trial.last_result or {}).get(self.plan.config.metric)

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-ENDS: dict[Outcome, Status] = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
+ENDS: dict[Outcome, Status] = {
+    "complete": "FINISHED",
+    "pruned": "FINISHED",
+    "failed": "FAILED",
+    "rejected": "FAILED",
+}
 CLOSE_WAIT_S = 4.0
 """A study that is told to stop has ten seconds for everything; what a slow server misses is sent when it resumes."""
 

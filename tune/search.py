@@ -23,21 +23,22 @@ from meamtm.training.run import absolute
 from tune.folds import Folds
 from tune.history import (
     OUTCOMES,
+    REJECTED_IN_A_ROW,
     failed,
+    is_refused,
     is_rejected,
     judge,
     open_storage,
     point_of,
     repeat_of,
     seed_of,
+    too_large,
     waiting_repeats,
 )
 from tune.limits import excess
 from tune.plan import Plan
 from tune.space import decode, encode
 
-REJECTED_IN_A_ROW = 50
-"""Suggestions over the limits or made before, one after another, before a search ends."""
 REPEATED_IN_A_ROW = 5
 """Suggestions made before, one after another, before the next ones are drawn at random: where a space has few points,
 TPE names the best of them again and again."""
@@ -45,13 +46,13 @@ DRAWS = 1000
 DIED = "its worker died"
 """What may go otherwise the next time."""
 
-STATES = {outcome: TrialState[name] for name, outcome in OUTCOMES.items()}
+STATES = {outcome: TrialState[name] for name, outcome in OUTCOMES.items()} | {"rejected": TrialState.PRUNED}
 
 
 class TruthfulSearch(OptunaSearch):
     """Suggests the runs of a plan; its only memory is the study's file, so that any later driver continues it."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, at_once: int = 1) -> None:
         super().__init__(
             space=plan.space,
             metric=plan.metrics,
@@ -60,12 +61,12 @@ class TruthfulSearch(OptunaSearch):
             storage=open_storage(plan),
             sampler=make_sampler(plan, 0),
         )
-        self.plan = plan
+        self.plan, self.at_once = plan, at_once
         self.exhausted: str | None = None
         """Why the search ended early: nothing new is suggested any more."""
         self.refusals: list[str] = []
         """Start points that were refused, of which the user has not been told."""
-        self._failed_before = {trial.number for trial in failed(self.study)}
+        self._before = {trial.number for trial in self._ended()}
         for point in plan.config.start:
             encoded = {key: encode(value) for key, value in point.items()}
             self.study.enqueue_trial(encoded, skip_if_exists=True)
@@ -103,6 +104,7 @@ class TruthfulSearch(OptunaSearch):
                     "number": trial.number,
                     "metric": self.plan.config.metric,
                     "is_repeat": repeat_of(trial) is not None,
+                    "at_once": self.at_once,
                     "run": flatten(run),
                     "runs": [flatten(one) for one in runs],
                 }
@@ -128,6 +130,9 @@ class TruthfulSearch(OptunaSearch):
         ended = "failed" if error else judge(result, self.plan.config.metric, self.plan.num_epochs)
         if result:
             self._keep(trial, result)
+        if ended == "rejected" and result:
+            trial.set_user_attr("rejected", result["failure"])
+            trial.set_constraint("memory", result["excess"])
         if ended == "failed" and "error" not in trial.user_attrs:
             trial.set_user_attr("error", DIED if error else f"no finite {self.plan.config.metric} was reported")
         values = [result[self.plan.config.metric]] if result and ended == "complete" else None
@@ -138,7 +143,7 @@ class TruthfulSearch(OptunaSearch):
     def check_failures(self) -> None:
         """Raises ConfigError where more trials have failed than a search survives; what failed before it began, for a
         full disk say, does not count."""
-        gone = [trial for trial in failed(self.study) if trial.number not in self._failed_before]
+        gone = [trial for trial in failed(self.study) if trial.number not in self._before]
         if len(gone) > self.plan.config.max_failed_trials:
             last = gone[-1]
             raise ConfigError(
@@ -146,6 +151,9 @@ class TruthfulSearch(OptunaSearch):
                 f"them, trial {last.number}, by: {last.user_attrs.get('error')}; mend what that names and give the "
                 "same command again, or narrow the space"
             )
+        latest = [trial for trial in self._ended() if trial.number not in self._before][-REJECTED_IN_A_ROW:]
+        if len(latest) == REJECTED_IN_A_ROW and all(map(is_refused, latest)):
+            raise too_large(self.study)
 
     def note(self, trial_id: str, key: str, value: str) -> None:
         """Attaches a fact to a trial that has not ended, such as its MLflow run."""
@@ -154,6 +162,9 @@ class TruthfulSearch(OptunaSearch):
     def known(self, trial_id: str) -> FrozenTrial:
         """What the study's file holds of a trial."""
         return self.study._storage.get_trial(self._ot_trials[trial_id]._trial_id)
+
+    def _ended(self) -> list[FrozenTrial]:
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
     def _ask(self) -> optuna.Trial:
         # Randomness comes from the seed and the trial's number alone. One generator for all trials would begin again
@@ -208,7 +219,8 @@ class TruthfulSearch(OptunaSearch):
         for other in self.study.get_trials(deepcopy=False):
             same = other.number != trial.number and other.params == trial.params
             has_died = other.user_attrs.get("error") == DIED
-            if same and not is_rejected(other) and not has_died and repeat_of(other) is None:
+            was_tried = is_refused(other) or not is_rejected(other)
+            if same and was_tried and not has_died and repeat_of(other) is None:
                 trial.set_user_attr("rejected", f"trial {other.number} is the same")
                 self.study.tell(trial, state=TrialState.FAIL)
                 return True

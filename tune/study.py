@@ -18,14 +18,17 @@ from meamtm.tracking import warn_of_rest
 from meamtm.training.lock import held
 from tune.config import ACCURACY, MAP
 from tune.history import (
+    REJECTED_IN_A_ROW,
     choose,
     enqueue_finalists,
     finalist_seeds,
     open_study,
     point_of,
+    refused,
     repeats,
     requeue,
     rows,
+    too_large,
     trained,
     value_of,
     waiting_repeats,
@@ -124,12 +127,19 @@ def _digest_of_trials(plan: Plan, trials: Iterable[Row]) -> str | None:
 
 def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mapping[str, str], tell: Tell) -> None:
     """Runs the trials that are missing, and then the finalists again."""
-    missing = plan.config.trials - len(trained(study))
-    if missing > 0:
+    in_vain = 0
+    while (missing := plan.config.trials - len(trained(study))) > 0:
         tell(f"{plan.name}: {missing} of {plan.config.trials} trials to go")
         from tune.driver import run_trials
 
+        before = len(refused(study))
         run_trials(plan, parent, tags, tell, missing + len(waiting_repeats(study)))  # which an earlier command left
+        num_refused = len(refused(study)) - before
+        if plan.config.trials - len(trained(study)) > num_refused:
+            break  # the time is up, or nothing new is left to try
+        in_vain = in_vain + num_refused if num_refused == missing else 0
+        if in_vain >= REJECTED_IN_A_ROW:
+            raise too_large(study)
     enqueue_finalists(study, plan)
     if (num_repeats := len(waiting_repeats(study))) > 0:
         tell(f"{plan.name}: the best trials train again with other seeds, {num_repeats} runs")

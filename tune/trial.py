@@ -14,8 +14,8 @@ import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from meamtm.config import RunConfig, from_flat, override, run_folder
-from meamtm.distributed import make_trainer
-from meamtm.errors import MeamtmError
+from meamtm.distributed import make_trainer, most_here, needs
+from meamtm.errors import MeamtmError, TooLargeError
 from meamtm.tracking import JsonLines
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.context import LocalContext, choose_device
@@ -35,16 +35,21 @@ def run_trial(suggestion: dict[str, Any]) -> None:
     """Trains what `TruthfulSearch.suggest` returned; Tune's function.
 
     What the user can put right would go wrong again, so it is only reported; after other errors Tune may retry."""
-    runs = [from_flat(run) for run in suggestion["runs"]]
+    runs, at_once = [from_flat(run) for run in suggestion["runs"]], suggestion["at_once"]
     folds = Folds(suggestion["metric"], runs[0].num_epochs)
+    # Another suggestion may take its place, but not that of a finalist, nor of what has trained already.
+    may_be_rejected = not suggestion["is_repeat"] and all(newest(run_folder(run)) is None for run in runs)
     try:
         for run in runs:
-            metrics = (_train_on_workers if run.scale.most_workers > 0 else _train_here)(run, folds)
+            metrics = _train_on_workers(run, folds) if run.scale.most_workers > 0 else _train_here(run, folds, at_once)
             ray.tune.report(folds.end(metrics, _hits(run) if len(runs) > 1 else ""))
     except MeamtmError as error:
-        ray.tune.report({"failure": str(error)})
+        ray.tune.report(_failure(error, may_be_rejected))
     except Exception as error:
         cause = next(iter(getattr(error, "worker_failures", {}).values()), error)  # of a Ray Train run
+        if isinstance(cause, TooLargeError):
+            ray.tune.report(_failure(cause, may_be_rejected))
+            return
         ray.tune.report({"failure": f"{type(cause).__name__}: {cause}".splitlines()[0]})
         raise
 
@@ -87,10 +92,15 @@ class ReportFold(TuneReportCallback):
         super().after_report(run_context, [self._folds.epoch(metrics[0]) if metrics[0] else {}], checkpoint)
 
 
-def _train_here(run: RunConfig, folds: Folds) -> dict[str, float]:
+def _failure(error: MeamtmError, may_be_rejected: bool) -> dict[str, Any]:
+    excess = {"excess": error.excess} if may_be_rejected and isinstance(error, TooLargeError) else {}
+    return {"failure": str(error), **excess}
+
+
+def _train_here(run: RunConfig, folds: Folds, at_once: int) -> dict[str, float]:
     torch.set_num_threads(run.scale.worker_threads)
     folder, device = run_folder(run), choose_device(run.scale)
-    check_memory(run, device)
+    check_memory(run, device, min(at_once, most_here(needs(run.scale))))
     with held(folder, RELEASE_S), closing(JsonLines(folder / "metrics.jsonl")) as lines:
         lines.start({}, {}, from_step=_epochs_done(run))
         context = TrialContext(

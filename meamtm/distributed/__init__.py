@@ -5,8 +5,10 @@ from meamtm.distributed.cluster import (
     connect,
     connected_for_now,
     disconnect,
+    most_here,
     needs,
     room_for,
+    room_with_memory,
 )
 from meamtm.distributed.side_by_side import Heard, run_all
 from meamtm.distributed.workers import make_trainer, run
@@ -18,8 +20,10 @@ __all__ = [
     "connected_for_now",
     "disconnect",
     "make_trainer",
+    "most_here",
     "needs",
     "room_for",
+    "room_with_memory",
     "run",
     "run_all",
 ]

@@ -129,6 +129,15 @@ def nodes() -> list[dict[str, float]]:
     return found
 
 
+def most_here(wanted: Mapping[str, float]) -> int:
+    """Counts how many processes have room on this one's node, which is one of them."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (there,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, _room_on(there, wanted))
+
+
 def needs(scale: ScaleConfig) -> dict[str, float]:
     """Gives what a worker, or a trial or run without any, takes of one node."""
     return {"CPU": scale.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if uses_gpu(scale) else {})}
@@ -136,7 +145,21 @@ def needs(scale: ScaleConfig) -> dict[str, float]:
 
 def room_for(wanted: Mapping[str, float]) -> int:
     """Counts how many processes have room, each of them on one node."""
-    return sum(min(shares(kind, node.get(kind, 0), amount) for kind, amount in wanted.items()) for node in nodes())
+    return sum(_room_on(node, wanted) for node in nodes())
+
+
+def room_with_memory(wanted: Mapping[str, float], num_bytes: float) -> int:
+    """Counts the same where each takes so much memory, of what was free when its node started; a node that has room for
+    the rest takes one whatever that needs."""
+    return sum(
+        min(room, max(1, int(node.get("memory", 0) // num_bytes)))
+        for node in nodes()
+        if (room := _room_on(node, wanted)) > 0
+    )
+
+
+def _room_on(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    return min(shares(kind, node.get(kind, 0), amount) for kind, amount in wanted.items())
 
 
 def shares(kind: str, has: float, amount: float) -> int:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from meamtm.config import RunConfig, override
 from meamtm.data.cache import open_clips
 from meamtm.data.split import split_clips
-from meamtm.errors import ConfigError
+from meamtm.errors import TooLargeError
 from meamtm.model.cnn import ConvNet
 from meamtm.model.cost import cost, weightless
 from meamtm.model.encoder import Encoder
@@ -113,18 +113,23 @@ def checkpoint_bytes(config: RunConfig, num_labels: int = 10) -> int:
     return 4 * (copies * cost(config, num_labels).num_params + count_state(config, num_labels))
 
 
-def check_memory(config: RunConfig, device: torch.device) -> None:
-    """Raises ConfigError where training cannot fit into a device's memory, whatever else is in it."""
-    there = (
-        int(config.scale.gpus_per_worker * torch.cuda.get_device_properties(device).total_memory)
-        if device.type == "cuda"
-        else memory_limit_bytes(CGROUPS)
-    )
+def check_memory(config: RunConfig, device: torch.device, num_at_once: int = 1) -> None:
+    """Raises TooLargeError where training cannot fit into a device's memory, or into an equal share of a machine's on
+    which several processes train at once."""
+    if device.type == "cuda":
+        num_at_once = 1  # Ray gives each its share
+        there = int(config.scale.gpus_per_worker * torch.cuda.get_device_properties(device).total_memory)
+    else:
+        there = memory_limit_bytes(CGROUPS)
+        if num_at_once > 1:
+            there = max(1, there // num_at_once - LIBRARIES_BYTES)
     if (needed := needed_bytes(config, device)) > there:
-        raise ConfigError(
+        shared, fewer = (f" for each of {num_at_once}", "train fewer at once, ") if num_at_once > 1 else ("", "")
+        raise TooLargeError(
             f"train.batch_size={config.train.batch_size} takes {needed / 1e9:,.1f} GB at training's peak, and there "
-            f"are {there / 1e9:,.1f} GB; lower it, raise train.accumulation_steps or scale.workers, or set "
-            f"train.grad_checkpointing=true"
+            f"are {there / 1e9:,.1f} GB{shared}; {fewer}lower it, raise train.accumulation_steps or scale.workers, or "
+            "set train.grad_checkpointing=true",
+            needed / there - 1,
         )
 
 
