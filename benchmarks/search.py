@@ -22,6 +22,8 @@ import numpy as np
 import psutil
 
 from meamtm.tracking import read_rows
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `tune` lies, which is not installed
 from tune.history import open_study, rows, trained
 from tune.plan import Plan, load_plan
 

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,17 @@ def test_its_make_targets_exist() -> None:
     assert targets == ["quickstart", "test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+SCRIPTS = [path.name for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.name != "contest.py"]  # of others
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_benchmark_finds_what_it_imports(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("usage: ")
 
 
 def test_the_files_that_it_names_exist() -> None:
