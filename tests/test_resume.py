@@ -131,7 +131,7 @@ def test_an_epoch_that_a_trial_saved_and_did_not_tell_is_told_later(
     train(config, local(config))  # which keeps no record at all, so its last epoch is missing
     told: list[dict[str, float]] = []
     monkeypatch.setattr("ray.tune.report", told.append)
-    suggestion = {"runs": [flatten(config)], "metric": "valid/accuracy"}
+    suggestion = {"runs": [flatten(config)], "metric": "valid/accuracy", "is_repeat": False, "at_once": 1}
     run_trial(suggestion)
     assert [row["step"] for row in read_rows(run_folder(config) / "metrics.jsonl")] == [4]
     assert [row["epoch"] for row in told] == [4, 4], "by the epoch, and at the end of its fold"

@@ -100,7 +100,7 @@ def _failure(error: MeamtmError, may_be_rejected: bool) -> dict[str, Any]:
 def _train_here(run: RunConfig, folds: Folds, at_once: int) -> dict[str, float]:
     torch.set_num_threads(run.scale.worker_threads)
     folder, device = run_folder(run), choose_device(run.scale)
-    check_memory(run, device, min(at_once, most_here(needs(run.scale))))
+    check_memory(run, device, min(at_once, most_here(needs(run.scale))) if at_once > 1 else 1)
     with held(folder, RELEASE_S), closing(JsonLines(folder / "metrics.jsonl")) as lines:
         lines.start({}, {}, from_step=_epochs_done(run))
         context = TrialContext(
