@@ -29,7 +29,7 @@ class ConfigError(MeamtmError):
 class TooLargeError(ConfigError):
     """A configuration whose training cannot fit into memory; `excess` says by which fraction of what there is."""
 
-    def __init__(self, message: str, excess: float = 0.0) -> None:
+    def __init__(self, message: str, excess: float) -> None:
         super().__init__(message, excess)  # both, so that it can be pickled
         self.excess = excess
 

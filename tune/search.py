@@ -66,7 +66,7 @@ class TruthfulSearch(OptunaSearch):
         """Why the search ended early: nothing new is suggested any more."""
         self.refusals: list[str] = []
         """Start points that were refused, of which the user has not been told."""
-        self._before = {trial.number for trial in self._ended()}
+        self._before = {trial.number for trial in self._finished()}
         for point in plan.config.start:
             encoded = {key: encode(value) for key, value in point.items()}
             self.study.enqueue_trial(encoded, skip_if_exists=True)
@@ -151,7 +151,7 @@ class TruthfulSearch(OptunaSearch):
                 f"them, trial {last.number}, by: {last.user_attrs.get('error')}; mend what that names and give the "
                 "same command again, or narrow the space"
             )
-        latest = [trial for trial in self._ended() if trial.number not in self._before][-REJECTED_IN_A_ROW:]
+        latest = [trial for trial in self._finished() if trial.number not in self._before][-REJECTED_IN_A_ROW:]
         if len(latest) == REJECTED_IN_A_ROW and all(map(is_refused, latest)):
             raise too_large(self.study)
 
@@ -163,7 +163,7 @@ class TruthfulSearch(OptunaSearch):
         """What the study's file holds of a trial."""
         return self.study._storage.get_trial(self._ot_trials[trial_id]._trial_id)
 
-    def _ended(self) -> list[FrozenTrial]:
+    def _finished(self) -> list[FrozenTrial]:
         return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
     def _ask(self) -> optuna.Trial:

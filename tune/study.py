@@ -4,24 +4,24 @@ The study's folder is its only memory. The same command continues what was inter
 without starting Ray."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meamtm.config import differences, override, write_yaml
+from meamtm.config import differences, write_yaml
 from meamtm.data.packed import digest_of
-from meamtm.errors import CheckpointError, ConfigError, MeamtmError
+from meamtm.errors import ConfigError, MeamtmError
 from meamtm.screen import loss
 from meamtm.tracking import warn_of_rest
 from meamtm.training.lock import held
-from tune.config import ACCURACY, MAP
+from tune.checks import check_data, check_digest, check_teachers, digest_of_trials
 from tune.history import (
     REJECTED_IN_A_ROW,
     choose,
     enqueue_finalists,
-    finalist_seeds,
     open_study,
     point_of,
     refused,
@@ -35,8 +35,8 @@ from tune.history import (
 )
 from tune.interrupt import interruptible, stop_asked
 from tune.plan import Plan
-from tune.result import Result, Row, read_result, write_result
-from tune.runs import is_recorded, run_folder_of, send_trials
+from tune.result import Result, read_result, write_result
+from tune.runs import is_recorded, send_trials
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -56,7 +56,7 @@ def run_study(plan: Plan, tell: Tell) -> Result:
     another process runs the study."""
     if (done := read_result(plan)) is not None and done.covers(plan.config) and done.is_there:
         if (digest := digest_of(plan.base.data.path)) is not None:  # what was found can be read without it
-            _check_digest(plan, done.data_digest or _digest_of_trials(plan, done.rows), digest)
+            check_digest(plan, done.data_digest or digest_of_trials(plan, done.rows), digest)
         if not is_recorded(plan, done):
             with interruptible():
                 _complete_record(plan, done)
@@ -68,15 +68,15 @@ def run_study(plan: Plan, tell: Tell) -> Result:
             )
         return done
     with interruptible():
-        tags = _check_data(plan)
-        _check_teachers(plan)
+        tags = check_data(plan)
+        check_teachers(plan)
         with held(plan.folder):
             return _run(plan, tags, tell)
 
 
 def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
     study, digest = open_study(plan), tags["data_digest"]
-    _check_digest(plan, study.user_attrs.get("data_digest") or _digest_of_trials(plan, rows(study)), digest)
+    check_digest(plan, study.user_attrs.get("data_digest") or digest_of_trials(plan, rows(study)), digest)
     study.set_user_attr("data_digest", digest)
     plan.write()
     requeue(study)
@@ -91,49 +91,17 @@ def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
         return result
 
 
-def _check_teachers(plan: Plan) -> None:
-    """Looks for the teacher of every run that the study may come to, so that the last is not missed after the others:
-    of each seed of a trial's folds, and of what is chosen."""
-    from meamtm.training.run import absolute
-    from meamtm.training.teacher import find_teachers
-
-    base = absolute(plan.base)
-    for seed in (base.train.seed, *finalist_seeds(plan)):
-        for run in plan.runs(override(base, {"train.seed": seed})):
-            find_teachers(run)
-    find_teachers(absolute(plan.chosen({})))
-
-
-def _check_digest(plan: Plan, known: str | None, digest: str) -> None:
-    """Refuses to compare trials that were trained on different data."""
-    if known not in (None, digest):
-        raise CheckpointError(
-            f"{plan.folder}: its trials were trained on other data than {plan.base.data.path!r} (digest {known}, not "
-            f"{digest}); set another name, or remove that folder"
-        )
-
-
-def _digest_of_trials(plan: Plan, trials: Iterable[Row]) -> str | None:
-    """Asks the checkpoints of a study of an earlier version, which did not keep the digest itself."""
-    for row in trials:
-        for run in plan.runs(plan.trial(row.number, row.point, row.seed)) if row.state != "WAITING" else ():
-            if run_folder_of(run).exists():
-                from meamtm.training.checkpoint import taught_by
-
-                if (digest := taught_by(run_folder_of(run))) is not None:
-                    return digest
-    return None
-
-
 def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mapping[str, str], tell: Tell) -> None:
     """Runs the trials that are missing, and then the finalists again."""
-    in_vain = 0
+    in_vain, began_s, budget_s = 0, time.monotonic(), plan.config.time_budget_s
     while (missing := plan.config.trials - len(trained(study))) > 0:
         tell(f"{plan.name}: {missing} of {plan.config.trials} trials to go")
         from tune.driver import run_trials
 
         before = len(refused(study))
-        run_trials(plan, parent, tags, tell, missing + len(waiting_repeats(study)))  # which an earlier command left
+        left_s = None if budget_s is None else max(1.0, budget_s - (time.monotonic() - began_s))
+        num_trials = missing + len(waiting_repeats(study))  # which an earlier command left
+        run_trials(_within(plan, left_s), parent, tags, tell, num_trials)
         num_refused = len(refused(study)) - before
         if plan.config.trials - len(trained(study)) > num_refused:
             break  # the time is up, or nothing new is left to try
@@ -145,8 +113,12 @@ def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mappi
         tell(f"{plan.name}: the best trials train again with other seeds, {num_repeats} runs")
         from tune.driver import run_trials
 
-        unlimited = replace(plan, config=plan.config.model_copy(update={"time_budget_s": None}))
-        run_trials(unlimited, parent, tags, tell, num_repeats)
+        run_trials(_within(plan, None), parent, tags, tell, num_repeats)
+
+
+def _within(plan: Plan, budget_s: float | None) -> Plan:
+    """Gives the same study another time to search."""
+    return replace(plan, config=plan.config.model_copy(update={"time_budget_s": budget_s}))
 
 
 def _complete_record(plan: Plan, done: Result) -> None:
@@ -155,7 +127,7 @@ def _complete_record(plan: Plan, done: Result) -> None:
 
     try:
         with held(plan.folder):
-            study, tags = open_study(plan), _check_data(plan)
+            study, tags = open_study(plan), check_data(plan)
             with (parent := _open_parent(plan, study, tags)) or nullcontext():
                 assert parent is not None, "nothing is missing where MLflow is not wanted"
                 _record(plan, study, done, parent, tags)
@@ -224,59 +196,6 @@ def _on_what(plan: Plan) -> str:
 
     has_split = open_clips(plan.base.data, plan.base.mel.sample_rate_hz).has_split
     return "" if has_split else "on train + validation, "
-
-
-def _check_data(plan: Plan) -> dict[str, str]:
-    """Opens the data, so that what is wrong with it is said before anything starts, and returns all runs' tags."""
-    from meamtm.data.cache import open_clips
-    from meamtm.training.run import absolute, check_split, tags
-
-    base = absolute(plan.base)
-    clips = open_clips(base.data, base.mel.sample_rate_hz)
-    if clips.multi_label and plan.config.metric == ACCURACY:
-        raise ConfigError(
-            f"objective={ACCURACY}: clips of {base.data.path} have several labels, and who hears none is right about "
-            "all that are absent; set objective=valid/map or valid/macro_f1"
-        )
-    if not clips.multi_label and plan.config.metric == MAP:
-        raise ConfigError(
-            f"objective={MAP}: clips of {base.data.path} have one label each, for which it is not computed; set "
-            f"objective={ACCURACY} or valid/macro_f1"
-        )
-    if clips.has_split and plan.config.inner_folds:
-        raise ConfigError(
-            f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has a split of its own, so folds decide "
-            "nothing; set inner_folds=[], and the valid clips of that split choose"
-        )
-    searched = plan.space.ranges.get("train.keep")
-    keeps_best = base.train.keep == "best" or (searched is not None and searched.contains("best"))
-    if keeps_best:
-        reason = (
-            "compares trials by their last epoch, which would not be the one that is kept"
-            if clips.has_split
-            else "trains its best trial again on the validation clips too, so nothing is left to choose its epoch"
-        )
-        raise ConfigError(f"train.keep=best: a study {reason}; set train.keep=last")
-    for run in plan.runs(base):
-        if len(check_split(run, clips).valid) > 0:
-            continue
-        if clips.has_split:
-            raise ConfigError(
-                f"data.path={base.data.path}: no clip of its split is for validation, on which a study chooses; pack "
-                "it with some clips in `valid`"
-            )
-        if plan.config.inner_folds:
-            raise ConfigError(
-                f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has no clip in fold "
-                f"{run.data.valid_fold}; name folds that it has"
-            )
-        raise ConfigError(
-            "data.valid_fold=None: a study chooses on an inner validation fold, never on data.test_fold "
-            f"({base.data.test_fold}); set data.valid_fold to another fold, or inner_folds"
-        )
-    shared = tags(base)
-    del shared["signature"]  # each run has its own
-    return shared
 
 
 def _open_parent(plan: Plan, study: "Study", tags: Mapping[str, str]) -> "MLflowSink | None":

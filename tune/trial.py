@@ -3,7 +3,7 @@
 Either way it is `train(config, context)` in a run folder of its own, so a trial that is asked again continues from its
 newest checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from pathlib import Path
@@ -37,18 +37,16 @@ def run_trial(suggestion: dict[str, Any]) -> None:
     What the user can put right would go wrong again, so it is only reported; after other errors Tune may retry."""
     runs, at_once = [from_flat(run) for run in suggestion["runs"]], suggestion["at_once"]
     folds = Folds(suggestion["metric"], runs[0].num_epochs)
-    # Another suggestion may take its place, but not that of a finalist, nor of what has trained already.
-    may_be_rejected = not suggestion["is_repeat"] and all(newest(run_folder(run)) is None for run in runs)
     try:
         for run in runs:
             metrics = _train_on_workers(run, folds) if run.scale.most_workers > 0 else _train_here(run, folds, at_once)
             ray.tune.report(folds.end(metrics, _hits(run) if len(runs) > 1 else ""))
     except MeamtmError as error:
-        ray.tune.report(_failure(error, may_be_rejected))
+        ray.tune.report(_failure(error, runs, is_repeat=suggestion["is_repeat"]))
     except Exception as error:
         cause = next(iter(getattr(error, "worker_failures", {}).values()), error)  # of a Ray Train run
         if isinstance(cause, TooLargeError):
-            ray.tune.report(_failure(cause, may_be_rejected))
+            ray.tune.report(_failure(cause, runs, is_repeat=suggestion["is_repeat"]))
             return
         ray.tune.report({"failure": f"{type(cause).__name__}: {cause}".splitlines()[0]})
         raise
@@ -92,9 +90,13 @@ class ReportFold(TuneReportCallback):
         super().after_report(run_context, [self._folds.epoch(metrics[0]) if metrics[0] else {}], checkpoint)
 
 
-def _failure(error: MeamtmError, may_be_rejected: bool) -> dict[str, Any]:
-    excess = {"excess": error.excess} if may_be_rejected and isinstance(error, TooLargeError) else {}
-    return {"failure": str(error), **excess}
+def _failure(error: MeamtmError, runs: Sequence[RunConfig], *, is_repeat: bool) -> dict[str, Any]:
+    """What is too large is rejected, so that another suggestion takes its place; but none takes that of a finalist, nor
+    of what has trained already."""
+    told: dict[str, Any] = {"failure": str(error)}
+    if isinstance(error, TooLargeError) and not is_repeat and all(newest(run_folder(run)) is None for run in runs):
+        told["excess"] = error.excess
+    return told
 
 
 def _train_here(run: RunConfig, folds: Folds, at_once: int) -> dict[str, float]:
