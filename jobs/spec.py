@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from jobs.config import DEFAULT_ADDRESS, WITH_SEEDS, JobConfig
-from meamtm.config import JOB_HOLDS, RunConfig, TrackingConfig, load, parse_changes
+from meamtm.config import JOB_HOLDS, RunConfig, TrackingConfig, is_uri, load, parse_changes
 from meamtm.errors import ConfigError
 from meamtm.tracking import JOB_COMMIT, commit_of, hide_password, resolve_uri
 from tune.plan import load_plan
@@ -114,7 +114,7 @@ def conceal(text: str, env: Mapping[str, str]) -> str:
 def _pack_words(job: JobConfig, home: str | None, shared: bool) -> tuple[list[str], dict[str, str]]:
     assert job.source is not None
     assert job.out is not None
-    if re.match(r"[a-z][a-z0-9+.-]*://", job.source):
+    if is_uri(job.source):
         raise ConfigError(f"source={job.source} is a URI, and sounds are read from folders; name one that nodes see")
     source = _there("source", job.source, home)
     if shared and not Path(source).expanduser().exists():
@@ -178,7 +178,7 @@ def _check_copied(key: str, file: str, job: JobConfig) -> None:
 
 def _there(key: str, path: str, home: str | None) -> str:
     """Names a path so that it means the same in the job's copy of the working folder."""
-    if "://" in path or path.startswith(("/", "~")):
+    if is_uri(path) or path.startswith(("/", "~")):
         return path
     if home is None:
         raise ConfigError(

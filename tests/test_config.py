@@ -22,6 +22,7 @@ from meamtm.config import (
     differences,
     flatten,
     from_flat,
+    is_uri,
     known_keys,
     load,
     override,
@@ -663,6 +664,16 @@ def test_what_is_written_goes_to_a_folder(key: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key}='s3://bucket/x': files are written there, .* name a folder"):
         override(RunConfig(), {key: "s3://bucket/x"})
     assert override(RunConfig(), {"data.path": "s3://bucket/x"}).data.path == "s3://bucket/x"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("s3://bucket/x", True), ("GS://bucket/x", True), ("hdfs+ha://x", True), ("/://", False), ("a b://c", False)],
+)
+def test_a_uri_begins_with_its_scheme(path: str, expected: bool) -> None:
+    assert is_uri(path) == expected
+    if not expected:
+        assert override(RunConfig(), {"runs_dir": path}).runs_dir == path
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import pytest
 import ray
 import requests
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mlflow.entities import Run
 from tiny import TINY
@@ -95,6 +95,7 @@ def test_words_of_the_job_change_it_and_all_others_reach_the_run(project: Path) 
 
 
 @given(st.text(min_size=1).filter(lambda text: "\0" not in text))
+@example("://")
 def test_every_word_reaches_the_command_as_it_was_written(text: str) -> None:
     submission = prepare(job(kind="pack", source=f"/{text}", out=f"/{text}", address=REMOTE))
     assert shlex.split(submission.entrypoint) == ["python", "-m", "jobs.run", "pack", f"/{text}", f"/{text}"]

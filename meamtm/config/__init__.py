@@ -34,7 +34,7 @@ from meamtm.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
-from meamtm.config.section import Folder, Name, Section
+from meamtm.config.section import Folder, Name, Section, is_uri
 from meamtm.config.yaml_text import read_yaml
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "differences",
     "flatten",
     "from_flat",
+    "is_uri",
     "known_keys",
     "load",
     "nearest",

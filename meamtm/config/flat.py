@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from meamtm.config.encoder import WEIGHT_FILES, preset_keys
 from meamtm.config.schema import RunConfig
+from meamtm.config.section import is_uri
 from meamtm.config.yaml_text import read_value, read_yaml, write_tree
 from meamtm.errors import ConfigError
 
@@ -113,7 +114,7 @@ def signature(config: RunConfig) -> str:
 
 def data_name(path: str) -> str:
     """The last part of a data set's path, or of a URI without its query."""
-    return PurePath(urlsplit(path).path if "://" in path else path).name
+    return PurePath(urlsplit(path).path if is_uri(path) else path).name
 
 
 def run_name(config: RunConfig) -> str:

@@ -1,5 +1,6 @@
 """What every section of the configuration is."""
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -16,8 +17,13 @@ def _word(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def is_uri(path: str) -> bool:
+    """Says whether a path begins with a scheme, as s3://bucket/folder does; a colon further on is part of a name."""
+    return re.match(r"(?i)[a-z][a-z0-9+.-]*://", path) is not None
+
+
 def _check_folder(value: str) -> str:
-    if "://" in value:
+    if is_uri(value):
         raise PydanticCustomError("folder", "Files are written there, and an address is no folder; name a folder")
     return value
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int16
 from pydantic import TypeAdapter
 
+from meamtm.config import is_uri
 from meamtm.data.audio import read_audio
 from meamtm.errors import DataError
 
@@ -134,7 +135,7 @@ class Packed:
 
 
 def _filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    if "://" not in path:
+    if not is_uri(path):
         return pyarrow.fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
     try:
         files, folder = pyarrow.fs.FileSystem.from_uri(path)

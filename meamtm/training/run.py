@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from meamtm import __version__
-from meamtm.config import RunConfig, flatten, override, run_folder, run_name, signature, write_yaml
+from meamtm.config import RunConfig, flatten, is_uri, override, run_folder, run_name, signature, write_yaml
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.packed import read_card
@@ -231,7 +231,7 @@ def absolute(config: RunConfig) -> RunConfig:
     changes: dict[str, str] = {"runs_dir": str(Path(config.runs_dir).expanduser().resolve())}
     if not config.data.cache_dir.startswith("~"):  # which is each node's and each user's own
         changes["data.cache_dir"] = str(Path(config.data.cache_dir).resolve())
-    if "://" not in config.data.path:
+    if not is_uri(config.data.path):
         # Not resolved: its name is part of what the run is, and a link's target may have another one.
         changes["data.path"] = str(Path(config.data.path).expanduser().absolute())
     if (path := config.encoder.pretrained_path) is not None:  # nor this: a link's target may have no suffix
