@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from threading import Event
 
 import pytest
 from command import meamtm_command
@@ -25,14 +27,16 @@ from meamtm.data.pack import pack
 from meamtm.data.split import split_clips
 from meamtm.distributed import run_all
 from meamtm.distributed.side_by_side import largest_peak_bytes
-from meamtm.errors import CheckpointError, ConfigError, DataError, MeamtmError
+from meamtm.errors import BusyError, CheckpointError, ConfigError, DataError, MeamtmError
 from meamtm.screen import bar, run_bars
 from meamtm.tracking import read_rows
 from meamtm.tracking.server import connect
 from meamtm.training.context import Stopped
+from meamtm.training.lock import held
 from meamtm.training.memory import peak_training_bytes
+from meamtm.training.notes import is_told_to_stop
 from meamtm.training.predictions import read_predictions
-from meamtm.training.run import run_here
+from meamtm.training.run import absolute, run_here
 
 SHORT = {"train.epochs": 2, "train.checkpoint_s": 60}
 
@@ -202,6 +206,29 @@ def test_a_stop_saves_every_run_and_the_same_call_continues(
     assert len(list((tmp_path / "parted").iterdir())) == 2, "the third, for which there was no room, does not begin"
     parted = cross_validate(config, folds=[1, 2, 3])
     assert [row.metrics for row in parted.rows] == [row.metrics for row in whole.rows]
+
+
+@pytest.mark.ray
+def test_a_run_that_another_process_is_at_work_on_is_refused_and_not_stopped(
+    cluster: None, packed: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    config = tiny(packed, cache_dir, tmp_path, {"train.epochs": 30})
+    folder = run_folder(absolute(override(config, {"data.test_fold": 2})))
+    ended, seen = Event(), []
+
+    def look() -> None:
+        while not ended.wait(0.02):
+            seen.append(is_told_to_stop(folder))
+
+    with held(folder), ThreadPoolExecutor(1) as beside:
+        beside.submit(look)
+        try:
+            with pytest.raises(BusyError, match="is at work on it"):
+                cross_validate(config, folds=[1, 2])
+        finally:
+            ended.set()
+    assert len(seen) > 10
+    assert not any(seen)
 
 
 @pytest.mark.ray

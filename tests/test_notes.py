@@ -7,7 +7,7 @@ import pytest
 from tiny import Record
 
 from meamtm.tracking import Metrics
-from meamtm.training.notes import REPORTS, following, leave_report
+from meamtm.training.notes import REPORTS, following, is_told_to_stop, leave_report, stop_sign
 
 
 class FullDisk(Record):
@@ -37,3 +37,15 @@ def test_what_a_sink_cannot_take_is_an_error_and_is_told_the_next_time(tmp_path:
     with following(tmp_path, [record]):
         pass
     assert record.column("epoch") == [1, 2, 3]
+
+
+def test_a_sign_of_ones_own_leaves_those_of_others_alone(tmp_path: Path) -> None:
+    with stop_sign(tmp_path / "run") as sign:
+        sign.parent.mkdir()
+        sign.touch()
+        with stop_sign(tmp_path / "run", "-me") as mine:
+            assert not is_told_to_stop(tmp_path / "run", "-me")
+            mine.touch()
+            assert is_told_to_stop(tmp_path / "run", "-me")
+        assert is_told_to_stop(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

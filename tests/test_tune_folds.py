@@ -29,13 +29,14 @@ from meamtm.training.checkpoint import newest
 from meamtm.training.evaluate import evaluate
 from meamtm.training.run import absolute
 from tune.driver import make_scheduler
+from tune.finalists import choose, enqueue_finalists, missing_repeats, repeats
 from tune.folds import Folds
-from tune.history import choose, enqueue_finalists, open_study, point_of, repeat_of, repeats, seed_of, settle, trained
+from tune.history import open_study, point_of, repeat_of, requeue, rows, seed_of, settle, trained
 from tune.importance import find_stages
 from tune.plan import Plan, load_plan
 from tune.race import luck
 from tune.report import write_report
-from tune.result import Row, pareto_front, read_result
+from tune.result import Result, Row, pareto_front, read_result
 from tune.runs import is_recorded
 from tune.search import TruthfulSearch
 from tune.study import run_study
@@ -426,6 +427,83 @@ def test_fewer_finalists_than_an_earlier_command_wanted(study: Path) -> None:  #
     assert in_line() == []
 
 
+def test_all_that_trained_again_may_be_chosen(study: Path) -> None:  # noqa: F811
+    """Two more trials push the finalists of an earlier command out; what they were worth with other seeds stays."""
+    plan = load_plan(study, ["finalists=2", "finalist_seeds=1"])
+    optuna_study = open_study(plan)
+    for values in ((0.7, 0.8), (0.6, 0.9), (0.91, 0.92), (0.5, 0.5)):  # the search's two, and those two again
+        for value in values:
+            optuna_study.tell(optuna_study.ask(), value)
+        enqueue_finalists(optuna_study, plan)
+    chosen = choose(optuna_study, plan)
+    assert chosen is not None
+    assert chosen.number == 0
+
+
+def test_a_finalists_run_that_failed_is_missed_and_tried_again_by_the_next_command(study: Path) -> None:  # noqa: F811
+    plan = load_plan(study, ["finalists=2", "finalist_seeds=1"])
+    optuna_study = open_study(plan)
+    for value in (0.7, 0.8):
+        optuna_study.tell(optuna_study.ask(), value)
+    enqueue_finalists(optuna_study, plan)
+    optuna_study.tell(optuna_study.ask(), state=TrialState.FAIL)  # for a full disk, say
+    optuna_study.tell(optuna_study.ask(), 0.6)
+    assert missing_repeats(optuna_study, plan) == [(1, 1)]
+    enqueue_finalists(optuna_study, plan)
+    optuna_study.tell(optuna_study.ask(), 0.65)
+    assert missing_repeats(optuna_study, plan) == []
+    enqueue_finalists(optuna_study, plan)
+    assert not any(trial.state.name == "WAITING" for trial in optuna_study.trials)
+    assert choose(optuna_study, plan) == optuna_study.trials[1]
+
+
+def test_finalists_are_no_trials_that_tpe_could_learn_from_nor_asha_judge_by(study: Path) -> None:  # noqa: F811
+    plan = load_plan(study, ["finalists=2", "finalist_seeds=2", "startup_trials=8", "asha.grace_epochs=2"])
+    search = TruthfulSearch(plan)
+    for value in (0.7, 0.8):
+        search.study.tell(search.study.ask(), value)
+    enqueue_finalists(search.study, plan)
+    for value in (0.6, 0.5, 0.9, 0.4):
+        search.study.tell(search.study.ask(), value)
+    search.suggest("one more")
+    assert search.study.sampler._n_startup_trials == 8 + 4
+
+    scheduler: Any = make_scheduler(plan, search.study)
+    before = [dict(recorded) for _, recorded in scheduler._brackets[0]._rungs]
+    repeat: Any = SimpleNamespace(trial_id="again", config={"number": 2, "is_repeat": True})
+    scheduler.on_trial_add(None, repeat)
+    scheduler.on_trial_complete(None, repeat, {"epoch": 4, "valid/accuracy": 0.99})
+    assert [dict(recorded) for _, recorded in scheduler._brackets[0]._rungs] == before
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_covered"),
+    [((3, 2), (3, 2), True), ((3, 2), (1, 2), False), ((1, 2), (1, 5), True), ((1, 2), (2, 2), False)],
+)
+def test_a_result_answers_for_the_finalists_that_it_had(
+    study: Path,  # noqa: F811
+    before: tuple[int, int],
+    now: tuple[int, int],
+    is_covered: bool,
+) -> None:
+    config = load_plan(study, [f"finalists={now[0]}", f"finalist_seeds={now[1]}", "trials=1"]).config
+    row = Row(0, "COMPLETE", 0.5, 4, 1.0, {}, None)
+    result = Result("s", "s", "m", 1, None, (row,), 0, "r", "c", None, None, None, *before)
+    assert result.covers(config) == is_covered
+
+
+def test_the_time_of_a_trial_that_was_parted_is_not_told(study: Path) -> None:  # noqa: F811
+    """Optuna counts from when it was asked last."""
+    optuna_study = open_study(load_plan(study))
+    optuna_study.ask()
+    requeue(optuna_study)
+    for _ in range(2):
+        optuna_study.tell(optuna_study.ask(), 0.5)
+    first, second = rows(optuna_study)
+    assert first.elapsed_s is None
+    assert second.elapsed_s is not None
+
+
 def test_a_trial_of_two_objectives_that_a_time_budget_cuts_short_is_back_in_line(study: Path) -> None:  # noqa: F811
     """Told as PRUNED with half of its epochs it would end every later search: TPE asks for the one direction."""
     search = TruthfulSearch(load_plan(study, ["objective=[valid/accuracy,macs]", "startup_trials=1"]))
@@ -454,7 +532,10 @@ def test_a_finalist_that_a_time_budget_cuts_short_is_back_in_line(study: Path) -
         (["inner_folds=[2,3]"], r"data\.valid_fold=2: inner_folds=\[2, 3\] says which folds validate; leave one out"),
         (["data.valid_fold=null", "inner_folds=[1,2]"], r"inner_folds=\[1, 2\] holds data\.test_fold=1, so choices"),
         (["data.valid_fold=null", "inner_folds=[2,2]"], r"inner_folds=\[2, 2\] names fold 2 twice; name each once"),
-        (["data.valid_fold=null", "inner_folds=[2,9]"], r"data\.valid_fold=9: .* has no such fold"),
+        (
+            ["data.valid_fold=null", "inner_folds=[2,9]"],
+            r"inner_folds=\[2, 9\]: .* no clip in fold 9; name .*: 1, 2",
+        ),
         (["objective=[valid/accuracy,euros]"], r"objective.*'params', 'macs' or 'tokens'"),
         (["objective=valid/acc"], r"objective.*'valid/accuracy', 'valid/macro_f1', 'valid/map' or 'valid/loss'"),
         (["objective=valid/map"], r"objective=valid/map: clips of .* have one label each"),

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from test_tune_search import make_plan
 
-from tune.history import open_study, stages
+from tune.history import open_study, search_alone, stages
 from tune.importance import importances
 from tune.plan import Plan
 from tune.report import report
@@ -95,6 +95,17 @@ def test_a_report_shows_both_stages(tmp_path: Path) -> None:
     for name in ("importances.png", "sensitivity.png"):
         height, width, _ = imread(plan.folder / "report" / name).shape
         assert width > 1.5 * height, f"{name} has two panels"
+
+
+def test_a_key_that_no_trial_had_is_missing_from_the_page_and_breaks_nothing(tmp_path: Path) -> None:
+    """As the depth, where all trials that came to their end were convolutional networks."""
+    depth = "space.encoder.depth={int: [1, 3], when: {optim.schedule: step}}"
+    plan = make_plan(tmp_path, *ASHA, depth)
+    assert not any("encoder.depth" in trial.params for trial in search_alone(searched(plan)).trials)
+    assert report(plan)
+    page = (plan.folder / "report" / "interactive.html").read_text(encoding="utf-8")
+    assert "optim.lr" in page
+    assert "encoder.depth" not in page
 
 
 def test_of_a_wide_space_the_first_keys_are_told() -> None:

@@ -1,13 +1,18 @@
 """The searcher tells Optuna the truth, and another searcher over the same file continues the study. No Ray cluster."""
 
+import csv
 import math
 import re
 
 import pytest
 from optuna.trial import TrialState
 
+from meamtm.config import from_flat
+from meamtm.data.pack import pack
 from meamtm.errors import ConfigError
+from meamtm.model.cost import cost
 from tune.history import open_study, ranked, requeue, rows, settle, trained
+from tune.limits import excess
 from tune.plan import Plan, load_plan
 from tune.search import TruthfulSearch
 
@@ -122,6 +127,14 @@ def test_start_points_come_first_and_once(tmp_path):
     assert TruthfulSearch(plan).suggest("c")["number"] == 2
 
 
+def test_each_start_point_gets_values_of_its_own_for_what_it_leaves_out(tmp_path):
+    plan = make_plan(tmp_path, "start=[{encoder.heads: 1}, {encoder.heads: 2}, {encoder.heads: 3}]")
+    search = TruthfulSearch(plan)
+    runs = [search.suggest(name)["run"] for name in "abc"]
+    assert [run["encoder.heads"] for run in runs] == [1, 2, 3]
+    assert len({run["optim.lr"] for run in runs}) == 3
+
+
 def test_start_points_over_the_limits_are_told(tmp_path):
     plan = make_plan(tmp_path, "limits.max_params=40000", "start=[{encoder.heads: 4}, {encoder.heads: 1}]")
     search = TruthfulSearch(plan)
@@ -186,6 +199,26 @@ def test_refused_suggestions_are_no_trials_that_tpe_could_learn_from(tmp_path):
     search.suggest("last")
     assert refused
     assert search.study.sampler._n_startup_trials >= 2 + len(refused)
+
+
+def test_limits_and_costs_count_the_classes_that_the_data_set_has(tmp_path, sounds):
+    with (sounds / "synth.csv").open() as table:
+        few = [row for row in csv.DictReader(table) if int(row["target"]) < 3]
+    (tmp_path / "few.csv").write_text("path,label\n" + "".join(f"{row['filename']},{row['category']}\n" for row in few))
+    pack(sounds / "audio", tmp_path / "few", tmp_path / "few.csv")
+    words = [f"data.path={tmp_path}/few", "objective=[valid/accuracy,params]"]
+    plan = make_plan(tmp_path, *words)
+    search = TruthfulSearch(plan)
+    run = from_flat(search.suggest("a")["run"])
+    search.on_trial_complete("a", report(search, "a", 0.1, 0.2, 0.3))
+    num_params = cost(run, 3).num_params
+    assert open_study(plan).trials[0].values == [0.3, num_params]
+    assert num_params < cost(run).num_params, "with ten classes"
+    point = {key: run_value for key, run_value in search.suggest("b")["run"].items() if key in plan.space.ranges}
+    fits = cost(plan.trial(1, point), 3).num_params
+    for limit, is_over in ((fits, False), (fits - 1, True)):
+        over, _ = excess(make_plan(tmp_path, *words, f"limits.max_params={limit}"), 1, point)
+        assert (over > 0) == is_over
 
 
 def test_what_exceeds_a_limit_is_rejected_and_not_counted(tmp_path):

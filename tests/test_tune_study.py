@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ from tune.interrupt import interruptible, stop_asked
 from tune.plan import Plan, load_plan
 from tune.result import Result, read_result
 from tune.runs import is_recorded, run_folder_of
-from tune.study import run_study
+from tune.study import run_study, search_and_finalists
 
 # Ray Data, which Ray Train sets up beside every run, builds its own defaults in a way that it calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -394,6 +395,18 @@ def test_a_time_budget_ends_the_search(cluster, study):
         assert trial.value == (trial.intermediate_values[trial.last_step or 0] if trial.intermediate_values else None)
 
 
+def test_a_time_budget_that_is_spent_is_not_spent_again(study):
+    """As when finalists are asked for afterwards; another budget would search on."""
+    plan = load_plan(study, ["trials=3", "time_budget_s=5"])
+    optuna_study = open_study(plan)
+    optuna_study.tell(optuna_study.ask(), 0.5)
+    optuna_study.set_user_attr("searched", [3, 5.0])
+    search_and_finalists(plan, optuna_study, None, {}, pytest.fail)
+    for words in (["trials=4", "time_budget_s=5"], ["trials=3", "time_budget_s=6"], ["trials=3"]):
+        with pytest.raises(pytest.fail.Exception, match="trials to go"):
+            search_and_finalists(load_plan(study, words), optuna_study, None, {}, pytest.fail)
+
+
 @pytest.mark.ray
 def test_a_finished_study_is_sent_to_a_server_that_lacks_it(finished_study, tmp_path):
     """As after an outage; nothing is trained for it, and a second time nothing is sent."""
@@ -401,7 +414,12 @@ def test_a_finished_study_is_sent_to_a_server_that_lacks_it(finished_study, tmp_
     shutil.copytree(source.folder, tmp_path / "studies" / source.name)
     words = [f"studies_dir={tmp_path}/studies", f"tracking.uri=sqlite:///{tmp_path}/other.db"]
     plan = load_plan(finished_study.path, words)
-    assert run_study(plan, pytest.fail) == finished_study.result
+    told = run_study(plan, pytest.fail)
+    assert told.mlflow_uri == plan.base.tracking.uri
+    assert told.mlflow_run_id in {run.info.run_id for run in recorded(plan)[""]}
+    old = finished_study.result
+    assert replace(told, mlflow_uri=old.mlflow_uri, mlflow_run_id=old.mlflow_run_id) == old
+    assert run_study(plan, pytest.fail) == told
     first, second = (
         {run.info.run_name: run for runs in recorded(each).values() for run in runs} for each in (source, plan)
     )
@@ -532,6 +550,9 @@ def test_a_signal_long_after_the_first_does_not_wait_for_the_run(monkeypatch):
         (["data.valid_fold=null"], "data.valid_fold=None: a study chooses on an inner validation fold"),
         (["data.valid_fold=9"], "data.valid_fold=9: .* has no such fold"),
         (["tracking.uri=http://127.0.0.1:9"], "tracking.uri=http://127.0.0.1:9 does not answer"),
+        (["space.optim.lrr=null"], "space.optim.lrr=null: it is not searched; did you mean space.optim.lr?"),
+        (["space.train.seed={int: [1, 3]}"], "space.train.seed: trials that differ in it cannot be compared"),
+        (["space={encoder.heads: {int: [1, 2]}}", "encoder.heads=2"], "encoder.heads=2: .* is searched here; to fix"),
         (["trails=3"], "trails=3: no such key of a study or a run; did you mean trials?"),
     ],
 )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from meamtm.config import override
 from meamtm.errors import CheckpointError, ConfigError
 from tune.config import ACCURACY, MAP
-from tune.history import finalist_seeds
+from tune.finalists import finalist_seeds
 from tune.plan import Plan
 from tune.result import Row
 from tune.runs import run_folder_of
@@ -42,6 +42,12 @@ def check_data(plan: Plan) -> dict[str, str]:
             else "trains its best trial again on the validation clips too, so nothing is left to choose its epoch"
         )
         raise ConfigError(f"train.keep=best: a study {reason}; set train.keep=last")
+    there = sorted(set(clips.folds.tolist()))
+    if strange := [fold for fold in plan.config.inner_folds if fold not in there]:
+        raise ConfigError(
+            f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has no clip in fold {strange[0]}; name "
+            f"folds that it has: {', '.join(map(str, there))}"
+        )
     for run in plan.runs(base):
         if len(check_split(run, clips).valid) > 0:
             continue
@@ -49,11 +55,6 @@ def check_data(plan: Plan) -> dict[str, str]:
             raise ConfigError(
                 f"data.path={base.data.path}: no clip of its split is for validation, on which a study chooses; pack "
                 "it with some clips in `valid`"
-            )
-        if plan.config.inner_folds:
-            raise ConfigError(
-                f"inner_folds={list(plan.config.inner_folds)}: {base.data.path} has no clip in fold "
-                f"{run.data.valid_fold}; name folds that it has"
             )
         raise ConfigError(
             "data.valid_fold=None: a study chooses on an inner validation fold, never on data.test_fold "

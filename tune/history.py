@@ -3,14 +3,13 @@
 Only the driver of a study writes to it, so one SQLite file is enough on a cluster too. Ray is not imported here."""
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from meamtm.config import Value
 from meamtm.errors import ConfigError
 from tune.plan import Plan
-from tune.result import Row, pareto_fronts
+from tune.result import Row
 from tune.space import decode
 
 if TYPE_CHECKING:
@@ -156,8 +155,16 @@ def requeue(study: "Study") -> int:
 
     left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     for trial in left:
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        _put_back(study, trial)
     return len(left)
+
+
+def _put_back(study: "Study", trial: "FrozenTrial") -> None:
+    """Optuna begins to count a trial's time anew when it is asked again, so that its time is not known any more."""
+    from optuna.trial import TrialState
+
+    study._storage.set_trial_user_attr(trial._trial_id, "parted", True)
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
 def settle(study: "Study") -> None:
@@ -170,7 +177,7 @@ def settle(study: "Study") -> None:
             study._storage.set_trial_user_attr(trial._trial_id, "stopped_by", "time_budget_s")
             study.tell(trial.number, state=TrialState.PRUNED)
         else:
-            study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+            _put_back(study, trial)
 
 
 def ranked(study: "Study", mode: str) -> "list[FrozenTrial]":
@@ -185,70 +192,6 @@ def ranked(study: "Study", mode: str) -> "list[FrozenTrial]":
                 trials, key=lambda trial: (-sign * (value_of(trial) or 0.0), *(trial.values or [])[1:], trial.number)
             )
     return []
-
-
-def enqueue_finalists(study: "Study", plan: Plan) -> None:
-    """Puts the best trials of a search in line once more, each with the seeds after the base run's."""
-    finalists = _finalists(study, plan)[: plan.config.finalists]
-    wanted = [Repeat(trial.number, seed) for trial in finalists for seed in finalist_seeds(plan)]
-    _withdraw(study, wanted)
-    there = {repeat_of(trial) for trial in study.get_trials(deepcopy=False) if not is_rejected(trial)}
-    for repeat in wanted:
-        if repeat not in there:
-            study.enqueue_trial(study.trials[repeat.number].params, user_attrs={"repeats": repeat})
-
-
-def finalist_seeds(plan: Plan) -> range:
-    """Seeds with which finalists train again, those after the base run's; none where one trial alone would."""
-    first = plan.base.train.seed + 1
-    return range(first, first + (plan.config.finalist_seeds if plan.config.finalists > 1 else 0))
-
-
-def _withdraw(study: "Study", wanted: "Sequence[Repeat]") -> None:
-    """Takes finalists' trials out of line that an earlier command wanted and this one does not."""
-    from optuna.trial import TrialState
-
-    for trial in waiting_repeats(study):
-        if repeat_of(trial) not in wanted:
-            study._storage.set_trial_user_attr(trial._trial_id, "rejected", "no finalist any more")
-            study._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
-
-
-def waiting_repeats(study: "Study") -> "list[FrozenTrial]":
-    """Finalists' trials that are in line."""
-    from optuna.trial import TrialState
-
-    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    return [trial for trial in waiting if repeat_of(trial) is not None]
-
-
-def choose(study: "Study", plan: Plan) -> "FrozenTrial | None":
-    """The best trial: of finalists, the one whose repeats are best on average; what made it one does not count."""
-    trials = ranked(study, plan.config.mode)
-    if not trials or plan.config.finalists == 1:
-        return next(iter(trials), None)
-    sign = 1 if plan.config.mode == "max" else -1
-    again = {trial.number: repeats(study, trial.number) for trial in _finalists(study, plan)[: plan.config.finalists]}
-    means = {number: statistics.fmean(values) for number, values in again.items() if values}
-    if not means:
-        return trials[0]
-    number = max(means, key=lambda number: (sign * means[number], -number))
-    return next(trial for trial in trials if trial.number == number)
-
-
-def repeats(study: "Study", number: int) -> list[float]:
-    """What a finalist was worth each time that it trained again."""
-    again = (trial for trial in ended(study) if (repeat := repeat_of(trial)) is not None and repeat.number == number)
-    return [value for trial in again if trial.state.name == "COMPLETE" and (value := value_of(trial)) is not None]
-
-
-def _finalists(study: "Study", plan: Plan) -> "list[FrozenTrial]":
-    """Who may be chosen, best first; with a cost those on the Pareto front come before those just behind it, who may
-    have had less luck."""
-    if plan.config.cost is not None:
-        trials = study.trials
-        return [trials[row.number] for front in pareto_fronts(rows(study), plan.config.mode) for row in front]
-    return [trial for trial in ranked(study, plan.config.mode) if trial.state.name == "COMPLETE"]
 
 
 def value_of(trial: "FrozenTrial") -> float | None:
@@ -270,12 +213,13 @@ def rows(study: "Study") -> tuple[Row, ...]:
 
 
 def _row(trial: "FrozenTrial") -> Row:
+    is_parted = trial.user_attrs.get("parted", False)
     return Row(
         number=trial.number,
         state=trial.state.name,
         value=value_of(trial),
         epochs=trial.last_step or 0,
-        elapsed_s=trial.duration.total_seconds() if trial.duration is not None else None,
+        elapsed_s=trial.duration.total_seconds() if trial.duration is not None and not is_parted else None,
         point=point_of(trial) or {key: decode(v) for key, v in trial.system_attrs.get("fixed_params", {}).items()},
         error=trial.user_attrs.get("error") if trial.state.name == "FAIL" else None,
         cost=trial.values[1] if trial.values and len(trial.values) > 1 else None,

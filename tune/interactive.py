@@ -28,7 +28,7 @@ def write_page(plan: Plan, study: "Study", keys: Sequence[str], path: Path) -> P
     shown = {"target": lambda trial: trial.values[0], "target_name": plan.config.metric}
     there = [key for key in keys if any(key in trial.params for trial in trials.trials)]
     figures = [plot_parallel_coordinate(trials, params=there, **shown), plot_slice(trials, **shown)]
-    if {RATE, DEPTH} <= plan.space.ranges.keys():
+    if any({RATE, DEPTH} <= trial.params.keys() for trial in trials.trials):
         figures.append(plot_rank(trials, params=[RATE, DEPTH], **shown))
     if plan.config.cost is not None:
         figures.append(plot_pareto_front(trials, target_names=plan.metrics))

@@ -21,9 +21,10 @@ def excess(plan: Plan, number: int, point: Mapping[str, Value]) -> tuple[float, 
     limits = {name: limit for name, limit in plan.config.limits.model_dump().items() if limit is not None}
     if not limits:
         return 0.0, None
+    from meamtm.data.packed import count_labels
     from meamtm.model.cost import cost
 
-    spent = cost(run)
+    spent = cost(run, count_labels(run.data.path))
     counted = {name: getattr(spent, name.replace("max_", "num_")) for name in limits}
     worst = max(limits, key=lambda name: counted[name] / limits[name])
     over = counted[worst] / limits[worst] - 1

@@ -121,8 +121,12 @@ class Plan:
 
 def load_plan(path: str | Path, words: Sequence[str] = ()) -> Plan:
     """Reads a study file; KEY=VALUE words change the study, or, where they name keys of a run, its base run."""
-    flat = _merge(_flatten_study(read_yaml(path)), parse_changes(words))
+    changes = parse_changes(words)
+    flat = _merge(_flatten_study(read_yaml(path)), changes)
     config = build(StudyConfig, flat)
+    for key, value in changes.items():
+        if (of_run := key.removeprefix("set.")) in config.space:
+            raise ConfigError(f"{key}={value!r}: {of_run} is searched here; to fix it, add space.{of_run}=null")
     if not config.space:
         raise ConfigError(
             f"{path}: space is empty, so nothing is searched; add for example optim.lr: {{log_uniform: [1e-4, 1e-2]}}"
@@ -148,10 +152,11 @@ def _flatten_study(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(flat: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Changes of a study's keys replace them; others go to the base run. `space.KEY=null` stops searching a key."""
     own = {key: value for key, value in changes.items() if key.partition(".")[0] in StudyConfig.model_fields}
+    for key, value in own.items():
+        if value is None and key.startswith("space.") and key not in flat:
+            near = nearest(key, [known for known in flat if known.startswith("space.")])
+            raise ConfigError(f"{key}=null: it is not searched" + (f"; did you mean {near}?" if near else " anyway"))
     flat = {key: value for key, value in (flat | own).items() if value is not None or not key.startswith("space.")}
-    for key, value in changes.items():
-        if f"space.{(of_run := key.removeprefix('set.'))}" in flat:
-            raise ConfigError(f"{key}={value!r}: {of_run} is searched here; to fix it, add space.{of_run}=null")
     for key in changes.keys() - own.keys():
         flat[f"set.{_known(key, changes[key])}"] = changes[key]
     return flat
@@ -192,6 +197,7 @@ def _check_folds(plan: Plan) -> None:
 def _check_keys(plan: Plan) -> None:
     known = known_keys(RunConfig)
     fixed = ("data.test_fold", "data.valid_fold", "data.path", "name", "runs_dir", "train.epochs", "pretrain.epochs")
+    fixed = (*fixed, "train.seed")  # whose luck would be chosen; and finalists have seeds of their own
     for key in plan.space.ranges:
         if key not in known:
             near = nearest(key, known)

@@ -43,6 +43,11 @@ class Race(TrialScheduler):
             return TrialScheduler.STOP
         return super().on_trial_result(tune_controller, trial, result)  # type: ignore[reportAbstractUsage]
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Hears how a trial ended; what finalists are worth at their end is no measure for the others' epochs."""
+        if not trial.config["is_repeat"]:
+            super().on_trial_complete(tune_controller, trial, result)  # type: ignore[reportAbstractUsage]
+
     def _is_beaten(self, result: Mapping[str, Any]) -> bool:
         if self._plan.config.metric != ACCURACY:
             return False  # a better loss or F1 may come with fewer hits

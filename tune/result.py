@@ -60,7 +60,7 @@ class Result:
         enough = self.num_ended >= config.trials
         same = (self.trials, self.time_budget_s) == (config.trials, config.time_budget_s)
         again = (self.finalists, self.finalist_seeds) == (config.finalists, config.finalist_seeds)
-        return (enough or same) and (again or config.finalists == 1)
+        return (enough or same) and (again or config.finalists == self.finalists == 1)
 
     @property
     def is_there(self) -> bool:

@@ -16,10 +16,12 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from meamtm.config import RunConfig, Value, flatten, run_folder, signature
+from meamtm.data.packed import count_labels
 from meamtm.errors import ConfigError
 from meamtm.tracking import read_rows
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.run import absolute
+from tune.finalists import waiting_repeats
 from tune.folds import Folds
 from tune.history import (
     OUTCOMES,
@@ -33,7 +35,6 @@ from tune.history import (
     repeat_of,
     seed_of,
     too_large,
-    waiting_repeats,
 )
 from tune.limits import excess
 from tune.plan import Plan
@@ -170,8 +171,10 @@ class TruthfulSearch(OptunaSearch):
         # Randomness comes from the seed and the trial's number alone. One generator for all trials would begin again
         # in a resumed study and suggest its first trials a second time.
         trials = self.study.get_trials(deepcopy=False)
-        num_refused = sum(is_rejected(trial) and trial.state == TrialState.PRUNED for trial in trials)
-        self.study.sampler = make_sampler(self.plan, len(trials), num_refused)
+        number = min((trial.number for trial in trials if trial.state == TrialState.WAITING), default=len(trials))
+        ended = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        num_others = sum(is_rejected(trial) or repeat_of(trial) is not None for trial in ended)
+        self.study.sampler = make_sampler(self.plan, number, num_others)
         if (repeat := next(iter(waiting_repeats(self.study)), None)) is not None:
             # Optuna would take the lowest number, which may be a trial that a time budget left in line.
             self.study._storage.set_trial_state_values(repeat._trial_id, TrialState.RUNNING)
@@ -194,7 +197,8 @@ class TruthfulSearch(OptunaSearch):
         from meamtm.model.cost import cost
 
         known = self.study._storage.get_trial(trial._trial_id)
-        return float(getattr(cost(self.plan.trial(trial.number, point_of(known))), f"num_{self.plan.config.cost}"))
+        spent = cost(self.plan.trial(trial.number, point_of(known)), count_labels(self.plan.base.data.path))
+        return float(getattr(spent, f"num_{self.plan.config.cost}"))
 
     def _reject(self, trial: optuna.Trial, point: Mapping[str, Value]) -> str | None:
         """Ends a suggestion that builds no run, or one over the limits, and returns why; Optuna learns to avoid it."""
@@ -250,15 +254,16 @@ class TruthfulSearch(OptunaSearch):
             self.study._storage.set_trial_intermediate_value(trial._trial_id, int(epoch), float(value))
 
 
-def make_sampler(plan: Plan, number: int, num_refused: int = 0) -> TPESampler:
+def make_sampler(plan: Plan, number: int, num_others: int = 0) -> TPESampler:
     """TPE whose random state belongs to one trial; conditional spaces are searched group by group.
 
-    Optuna counts suggestions that were refused among the trials before which it does not learn."""
+    Optuna counts all trials among those before which it does not learn, others than the search's too: suggestions that
+    were refused, and finalists that trained again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group`, there since Optuna 2.8
         return TPESampler(
             seed=_seed(plan, number),
-            n_startup_trials=plan.config.startup_trials + num_refused,
+            n_startup_trials=plan.config.startup_trials + num_others,
             multivariate=True,
             group=plan.space.is_conditional,
         )

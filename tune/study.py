@@ -15,23 +15,20 @@ from meamtm.config import differences, write_yaml
 from meamtm.data.packed import digest_of
 from meamtm.errors import ConfigError, MeamtmError
 from meamtm.screen import loss
-from meamtm.tracking import warn_of_rest
+from meamtm.tracking import resolve_uri, warn_of_rest
 from meamtm.training.lock import held
 from tune.checks import check_data, check_digest, check_teachers, digest_of_trials
+from tune.finalists import choose, enqueue_finalists, missing_repeats, repeats, waiting_repeats
 from tune.history import (
     REJECTED_IN_A_ROW,
-    choose,
-    enqueue_finalists,
     open_study,
     point_of,
     refused,
-    repeats,
     requeue,
     rows,
     too_large,
     trained,
     value_of,
-    waiting_repeats,
 )
 from tune.interrupt import interruptible, stop_asked
 from tune.plan import Plan
@@ -57,9 +54,9 @@ def run_study(plan: Plan, tell: Tell) -> Result:
     if (done := read_result(plan)) is not None and done.covers(plan.config) and done.is_there:
         if (digest := digest_of(plan.base.data.path)) is not None:  # what was found can be read without it
             check_digest(plan, done.data_digest or digest_of_trials(plan, done.rows), digest)
-        if not is_recorded(plan, done):
+        if not is_recorded(plan, done) or _is_recorded_elsewhere(plan, done):
             with interruptible():
-                _complete_record(plan, done)
+                done = _complete_record(plan, done)
         if plan.config.time_budget_s is not None and done.num_ended < plan.config.trials:
             tell(
                 f"{plan.name}: {done.num_ended} of {plan.config.trials} trials ended before "
@@ -81,7 +78,7 @@ def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
     plan.write()
     requeue(study)
     with (parent := _open_parent(plan, study, tags)) or nullcontext():
-        _search(plan, study, parent, tags, tell)
+        search_and_finalists(plan, study, parent, tags, tell)
         result = _conclude(plan, study, parent, tell)
         if parent is not None:
             _record(plan, study, result, parent, tags)
@@ -91,10 +88,14 @@ def _run(plan: Plan, tags: Mapping[str, str], tell: Tell) -> Result:
         return result
 
 
-def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mapping[str, str], tell: Tell) -> None:
-    """Runs the trials that are missing, and then the finalists again."""
+def search_and_finalists(
+    plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mapping[str, str], tell: Tell
+) -> None:
+    """Runs the trials that are missing, unless the same command has had its time or found nothing new to try, and then
+    the finalists again."""
     in_vain, began_s, budget_s = 0, time.monotonic(), plan.config.time_budget_s
-    while (missing := plan.config.trials - len(trained(study))) > 0:
+    asked = [plan.config.trials, budget_s]
+    while (missing := plan.config.trials - len(trained(study))) > 0 and study.user_attrs.get("searched") != asked:
         tell(f"{plan.name}: {missing} of {plan.config.trials} trials to go")
         from tune.driver import run_trials
 
@@ -104,7 +105,10 @@ def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mappi
         run_trials(_within(plan, left_s), parent, tags, tell, num_trials)
         num_refused = len(refused(study)) - before
         if plan.config.trials - len(trained(study)) > num_refused:
-            break  # the time is up, or nothing new is left to try
+            # The time is up, or nothing new is left to try. The same command does not search again, if there is a best.
+            if choose(study, plan) is not None:
+                study.set_user_attr("searched", asked)
+            break
         in_vain = in_vain + num_refused if num_refused == missing else 0
         if in_vain >= REJECTED_IN_A_ROW:
             raise too_large(study)
@@ -114,6 +118,11 @@ def _search(plan: Plan, study: "Study", parent: "MLflowSink | None", tags: Mappi
         from tune.driver import run_trials
 
         run_trials(_within(plan, None), parent, tags, tell, num_repeats)
+        if missing_ones := missing_repeats(study, plan):
+            tell(
+                f"{plan.name}: {len(missing_ones)} of these runs failed, and the choice is made without them; to train "
+                f"them again, remove {plan.folder / 'result.json'} and give the same command"
+            )
 
 
 def _within(plan: Plan, budget_s: float | None) -> Plan:
@@ -121,8 +130,13 @@ def _within(plan: Plan, budget_s: float | None) -> Plan:
     return replace(plan, config=plan.config.model_copy(update={"time_budget_s": budget_s}))
 
 
-def _complete_record(plan: Plan, done: Result) -> None:
-    """Sends MLflow what it has not taken of a finished study; whatever prevents that costs a warning."""
+def _is_recorded_elsewhere(plan: Plan, done: Result) -> bool:
+    return plan.base.tracking.mlflow and done.mlflow_uri != resolve_uri(plan.base.tracking)
+
+
+def _complete_record(plan: Plan, done: Result) -> Result:
+    """Sends MLflow what it has not taken of a finished study, and says where it is now; whatever prevents that costs a
+    warning."""
     from meamtm.training.run import absolute, send_rest
 
     try:
@@ -132,10 +146,13 @@ def _complete_record(plan: Plan, done: Result) -> None:
                 assert parent is not None, "nothing is missing where MLflow is not wanted"
                 _record(plan, study, done, parent, tags)
                 parent.close("FINISHED", RECORD_WAIT_S)
+            done = replace(done, mlflow_uri=parent.uri, mlflow_run_id=parent.run_id)
+            write_result(plan, done)
             if Path(done.run_folder).exists():
                 send_rest(absolute(plan.chosen(done.best_row.point)))
     except MeamtmError as error:
         warn_of_rest(plan.name, error)
+    return done
 
 
 def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tell) -> Result:

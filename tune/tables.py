@@ -68,7 +68,8 @@ def trials_table(trials: Sequence[Row], objective: str, best: int | None = None)
     for row in trials:
         if row.repeats is not None:
             continue
-        cells = [row.number, row.state.lower(), row.value, row.epochs, round(row.elapsed_s or 0), describe(row.point)]
+        seconds = round(row.elapsed_s) if row.elapsed_s is not None else None
+        cells = [row.number, row.state.lower(), row.value, row.epochs, seconds, describe(row.point)]
         if is_frugal:
             cells[3:3] = [f"{row.cost:.3g}" if row.cost is not None else ""]
         style = "bold green" if row.number == best else "red" if row.state == "FAIL" else ""

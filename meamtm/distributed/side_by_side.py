@@ -1,6 +1,7 @@
 """Several runs at once, each a plain run in a process of its own, as many as a Ray cluster has room for."""
 
 import math
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -61,11 +62,12 @@ def _run_side_by_side(
     options = _share(todo, scale)
     task = ray.remote(**options)(_run_in_task)
     threads = scale.threads or max(1, int(options["num_cpus"]))
+    me = f"-{uuid.uuid4().hex[:8]}"  # a run that another process is at work on is refused, and not stopped
     outcomes: dict[int, Outcome] = {}
     with ExitStack() as stack:
-        signs = [stack.enter_context(stop_sign(run_folder(config))) for config in todo.values()]
+        signs = [stack.enter_context(stop_sign(run_folder(config), me)) for config in todo.values()]
         waiting = {
-            task.remote(flatten(override(config, {"scale.threads": threads}))): number
+            task.remote(flatten(override(config, {"scale.threads": threads})), me): number
             for number, config in todo.items()
         }
         ears = {number: _Ear(number, config, heard) for number, config in todo.items()}
@@ -96,13 +98,13 @@ def _run_side_by_side(
     return outcomes
 
 
-def _run_in_task(flat: dict[str, Any]) -> Outcome | str:
+def _run_in_task(flat: dict[str, Any], driver: str) -> Outcome | str:
     config = from_flat(flat)
     folder = run_folder(config)
     try:
-        if is_told_to_stop(folder):
+        if is_told_to_stop(folder, driver):
             raise Stopped("stopped before it began")
-        return run_here(config, should_stop=lambda: is_told_to_stop(folder))
+        return run_here(config, should_stop=lambda: is_told_to_stop(folder, driver))
     except Stopped as stop:  # which Ray must not take for a failure
         return str(stop)
 

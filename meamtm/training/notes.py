@@ -24,9 +24,9 @@ def left_reports(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
 
 
-def is_told_to_stop(folder: Path) -> bool:
+def is_told_to_stop(folder: Path, by: str = "") -> bool:
     """Tells whether the workers should save and return."""
-    return (folder / STOP).exists()
+    return (folder / f"{STOP}{by}").exists()
 
 
 @contextmanager
@@ -63,10 +63,12 @@ def following(folder: Path, sinks: Sequence[Sink]) -> Iterator[None]:
 
 
 @contextmanager
-def stop_sign(folder: Path) -> Iterator[Path]:
+def stop_sign(folder: Path, by: str = "") -> Iterator[Path]:
     """Gives the file that asks all workers to stop, wherever they are; there is none at first and in the end, nor a
-    folder that holds nothing else."""
-    sign = folder / STOP
+    folder that holds nothing else.
+
+    Who does not hold the folder's lock says who it is, since another process may be at work on the run."""
+    sign = folder / f"{STOP}{by}"
     sign.unlink(missing_ok=True)
     try:
         yield sign
