@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meamtm.screen import run_commands
+from meamtm.screen import end_at_once, run_commands
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -171,4 +171,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_at_once(main)

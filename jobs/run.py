@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from meamtm.screen import end_at_once
+
 
 def run(words: Sequence[str]) -> None:
     """Runs one command of this project; ends as that command ends (SystemExit)."""
@@ -47,4 +49,4 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    end_at_once(lambda: run(sys.argv[1:]))

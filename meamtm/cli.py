@@ -13,10 +13,9 @@ import typer
 
 from meamtm import tables
 from meamtm.errors import MeamtmError
-from meamtm.screen import bar, counting, epoch_bar, numbers, run_bars, run_commands, steps, stop_on_signal
+from meamtm.screen import bar, counting, end_at_once, epoch_bar, numbers, run_bars, run_commands, steps, stop_on_signal
 
 if TYPE_CHECKING:
-    from meamtm.config import RunConfig
     from meamtm.inference.predict import Answer
 
 
@@ -26,6 +25,8 @@ class Dataset(StrEnum):
     ESC50 = "esc50"
 
 
+MOST_CLASSES = 20
+"""So many names are shown when a set has been packed."""
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -105,6 +106,7 @@ def pack(
     typer.echo(
         f"{card.num_clips} clips, {len(card.classes)} classes, {folds}, {card.total_s / 60:.1f} min{rejected}: {out}"
     )
+    typer.echo(f"classes: {', '.join(card.classes[:MOST_CLASSES])}{', ...' * (len(card.classes) > MOST_CLASSES)}")
     if card.folds and card.num_groups == card.num_clips:
         typer.echo(
             "each clip counts as a recording of its own; where several come from one, name it in a manifest's column "
@@ -123,18 +125,8 @@ def show(config: ConfigPath, changes: Changes = None) -> None:
     from meamtm.config import load, parse_changes
 
     resolved = load(config, parse_changes(changes or []))  # before torch is loaded: a mistake shows at once
-    from meamtm.model.cost import cost
-    from meamtm.training.memory import checkpoint_bytes, peak_training_bytes
-
     tables.print_settings(resolved)
-    num_labels = _num_labels(resolved)
-    price, checkpoint_mb = cost(resolved, num_labels), checkpoint_bytes(resolved, num_labels) / 1e6
-    typer.echo(
-        f"{price.num_params:,} parameters, {price.num_tokens} tokens, "
-        f"{price.num_macs / 1e6:,.0f} million MACs per clip, checkpoint {checkpoint_mb:,.1f} MB"
-    )
-    peak_mb = peak_training_bytes(resolved, num_labels, teachers=_teachers(resolved)) / 1e6
-    typer.echo(f"training allocates {peak_mb:,.0f} MB at its peak, in each process, beside Python and its libraries")
+    tables.print_cost(resolved)
 
 
 @app.command()
@@ -246,6 +238,8 @@ def embed(
     from meamtm.inference.predict import embed_files, find_audio, write_npz
 
     _check_folder(out)
+    if out.suffix != ".npz":
+        raise MeamtmError(f"--out={out}: embeddings are written as a NumPy archive; name a file that ends in .npz")
     saved, files = load_here(checkpoint), find_audio(paths)
     answers = _collect(([each] for each in embed_files(saved, files)), len(files))
     for answer in answers:
@@ -271,28 +265,10 @@ def _collect(answers: "Iterator[list[Answer]]", num_files: int) -> "list[Answer]
     return collected
 
 
-def _num_labels(config: "RunConfig") -> int:
-    """Counts the data set's classes, if it is there; ten otherwise."""
-    from meamtm.data.packed import read_card
-
-    try:
-        return len(read_card(config.data.path).classes)
-    except MeamtmError as error:
-        typer.echo(f"{error}\nthe cost is given for 10 classes", err=True)
-        return 10
-
-
-def _teachers(config: "RunConfig") -> "list[RunConfig]":
-    """Gives what the run's teachers are, if it has any and they are there."""
-    from meamtm.training.run import absolute
-    from meamtm.training.teacher import teacher_configs
-
-    try:
-        return teacher_configs(absolute(config)) if config.distill.teacher != "none" else []
-    except MeamtmError as error:
-        typer.echo(f"{error}\nmemory is given without a teacher", err=True)
-        return []
+def script() -> None:
+    """Runs the command line as a program of its own."""
+    end_at_once(main)
 
 
 if __name__ == "__main__":
-    main()
+    script()

@@ -125,11 +125,14 @@ def cross_validate(
 ) -> CrossValidation:
     """Trains and tests a config on each fold (or those named) with seeds from `train.seed` on, and records the result.
 
-    Each of these is a plain run, so the same call continues what was interrupted, and more seeds add to what is there.
+    Each of these is a plain run, so the same call continues what was interrupted, and more seeds add runs to those that
+    are there.
     Raises DataError for a fold that does not exist, and whatever stops a run.
     """
     config = absolute(config)
-    return evaluate_runs(config, crossval_folder(config), plan_runs(config, folds, num_seeds), heard, should_stop)
+    runs = plan_runs(config, folds, num_seeds)
+    some = sorted(set(folds)) if set(folds) != set(find_folds(config)) else ()
+    return evaluate_runs(config, crossval_folder(config, some, num_seeds), runs, heard, should_stop)
 
 
 def evaluate_runs(
@@ -195,10 +198,15 @@ def _folds_of(clips: Clips, path: str) -> list[int]:
     return there
 
 
-def crossval_folder(config: RunConfig) -> Path:
-    """Names the folder of a cross-validation's result: that of the config without its folds."""
-    base = override(config, {"name": f"{config.name}-crossval", "data.test_fold": None, "data.valid_fold": None})
-    return run_folder(base)
+def crossval_folder(config: RunConfig, some_folds: Sequence[int] = (), num_seeds: int = 1) -> Path:
+    """Names the folder of a cross-validation's result: that of the config without its folds. With several seeds, or of
+    some folds alone, it is another one, so that what was found once is not replaced by less."""
+    name = f"{config.name}-crossval"
+    if some_folds:
+        name += f"-folds-{'-'.join(map(str, some_folds))}"
+    if num_seeds > 1:
+        name += f"-seeds-{num_seeds}"
+    return run_folder(override(config, {"name": name, "data.test_fold": None, "data.valid_fold": None}))
 
 
 def _covers(done: CrossValidation, runs: Mapping[tuple[int, int], RunConfig]) -> bool:

@@ -1,13 +1,12 @@
 """What a command shows while it works, what it hears, and how it ends: progress bars, Ctrl-C and SIGTERM."""
 
 import atexit
-import gc
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import typer
@@ -29,7 +28,6 @@ def run_commands(app: typer.Typer, program: str, words: Sequence[str] | None = N
     # Threads that spin long while they wait take the core from those that work, and those that do not spin at all
     # wake late for each small operation (docs/results.md). OpenMP reads this when torch is loaded, which is later.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    leave_quickly()
     try:
         return app(words, prog_name=program)
     except MeamtmError as error:
@@ -134,9 +132,24 @@ def numbers(option: str, text: str) -> list[int]:
         raise MeamtmError(f"{option}={text}: not whole numbers; write them as 1,2") from error
 
 
-def leave_quickly() -> None:
-    """Has the process, when it ends, not look for garbage among what ends with it.
+def end_at_once(main: Callable[[], None]) -> None:
+    """Runs a program, and has its process end as soon as all that is registered for its end is done.
 
-    Of the half million objects that torch, Ray and MLflow leave, that takes 2 s on a slow core.
+    Python would go on to take modules and their objects apart, which takes 2 s on a slow core for the half million that
+    torch, Ray and MLflow leave, and in which threads of Ray's that a signal has surprised crash now and then.
     """
-    atexit.register(gc.freeze)
+    code = 1
+
+    def end() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # who read it may be gone
+                stream.flush()
+        os._exit(code)
+
+    atexit.register(end)  # before whatever main registers, which so comes first
+    try:
+        main()
+        code = 0
+    except SystemExit as wanted:
+        code = wanted.code if isinstance(wanted.code, int) else int(wanted.code is not None)
+        raise

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from meamtm.errors import MeamtmError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -32,15 +34,55 @@ def print_settings(config: "RunConfig") -> None:
     defaults = flatten(RunConfig())
     table = Table("key", "value", "meaning", title=run_name(config), title_justify="left")
     for key, value in flatten(config).items():
-        table.add_row(key, str(value), describe(RunConfig, key), style="bold" if value != defaults[key] else None)
+        shown = "null" if value is None else str(value)  # as it is written
+        table.add_row(key, shown, describe(RunConfig, key), style="bold" if value != defaults[key] else None)
     console.print(table)
+
+
+def print_cost(config: "RunConfig") -> None:
+    """Prints what the model costs, and what its training takes in memory and on disk."""
+    from meamtm.model.cost import cost
+    from meamtm.training.memory import checkpoint_bytes, peak_training_bytes
+
+    num_labels = _num_labels(config)
+    price, checkpoint_mb = cost(config, num_labels), checkpoint_bytes(config, num_labels) / 1e6
+    typer.echo(
+        f"{price.num_params:,} parameters, {price.num_tokens} tokens, "
+        f"{price.num_macs / 1e6:,.0f} million MACs per clip, checkpoint {checkpoint_mb:,.1f} MB"
+    )
+    peak_mb = peak_training_bytes(config, num_labels, teachers=_teachers(config)) / 1e6
+    typer.echo(f"training allocates {peak_mb:,.0f} MB at its peak, in each process, beside Python and its libraries")
+
+
+def _num_labels(config: "RunConfig") -> int:
+    """Counts the data set's classes, if it is there; ten otherwise."""
+    from meamtm.data.packed import read_card
+
+    try:
+        return len(read_card(config.data.path).classes)
+    except MeamtmError as error:
+        typer.echo(f"{error}\nthe cost is given for 10 classes", err=True)
+        return 10
+
+
+def _teachers(config: "RunConfig") -> "list[RunConfig]":
+    """Gives what the run's teachers are, if it has any and they are there."""
+    from meamtm.training.run import absolute
+    from meamtm.training.teacher import teacher_configs
+
+    try:
+        return teacher_configs(absolute(config)) if config.distill.teacher != "none" else []
+    except MeamtmError as error:
+        typer.echo(f"{error}\nmemory is given without a teacher", err=True)
+        return []
 
 
 def print_crossval(result: "CrossValidation") -> None:
     """Prints a row per fold, a column per seed, the classes, and mean and deviation."""
     import numpy as np
 
-    table = Table("fold", *(f"seed {seed}" for seed in result.seeds), "mean")
+    columns = ("fold", *(f"seed {seed}" for seed in result.seeds), "mean")
+    table = Table(*columns, title=f"test {result.score}", title_justify="left")
     for fold in result.folds:
         values = result.values(fold=fold)
         table.add_row(str(fold), *(f"{value:.4f}" for value in values), f"{sum(values) / len(values):.4f}")
@@ -72,9 +114,12 @@ def print_evaluations(evaluations: "Sequence[Evaluation]", predictions: "Sequenc
 
 def print_evaluation(evaluation: "Evaluation") -> None:
     """Prints what a checkpoint does on clips that it has never met, and how well it knows each class."""
-    figures = (f"{key.removeprefix('test/')} {value:.4f}" for key, value in evaluation.metrics.items())
+    score = "test/map" if evaluation.confusion is None else "test/accuracy"  # what counts comes first
+    metrics = {score: evaluation.metrics[score], **evaluation.metrics}
+    figures = (f"{key.removeprefix('test/')} {value:.4f}" for key, value in metrics.items())
     typer.echo(f"test on {evaluation.part}: {len(evaluation.clip_ids)} clips, {', '.join(figures)}")
     if evaluation.confusion is None:
+        typer.echo("map is the mean average precision of the classes; accuracy is of labels, most of which are absent")
         return
     _print_per_class(evaluation.confusion, evaluation.classes)
 

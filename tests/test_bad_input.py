@@ -152,10 +152,17 @@ def test_a_ray_cluster_that_does_not_answer(place: Path, nobody: int) -> None:
 @pytest.mark.parametrize("command", ["evaluate", "predict", "embed"])
 def test_what_is_no_checkpoint(place: Path, tmp_path: Path, command: str) -> None:
     more = {"evaluate": [], "predict": ["packed"], "embed": ["packed", "--out", tmp_path / "out.npz"]}[command]
-    message = r": not a checkpoint \(no metrics\.json\); name a folder like runs/NAME/epoch-00100"
-    for path in ("packed", "nothing", "run.yaml"):
-        assert_refused(path.replace(".", r"\.") + message, command, path, *more)
+    remedy = "; name a run's folder, like runs/NAME, or one of its checkpoints, runs/NAME/epoch-00100"
+    for path in ("packed", "run.yaml"):
+        assert_refused(rf"{re.escape(path)}: not a checkpoint \(no metrics\.json\){remedy}", command, path, *more)
+    assert_refused(f"nothing: no such folder{remedy}", command, "nothing", *more)
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_embeddings_are_no_table(place: Path, run_folder: Path) -> None:
+    assert_refused(
+        r"--out=out\.csv: .* NumPy archive; .* ends in \.npz", "embed", run_folder, "packed", "--out", "out.csv"
+    )
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "labels.json", "model.safetensors", "train_state.pt"])

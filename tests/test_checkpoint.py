@@ -262,7 +262,10 @@ def test_a_record_of_another_kind_is_refused(tmp_path: Path, record: str, messag
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_text("")
     for path in (tmp_path, tmp_path / "none", tmp_path / "weights.pt"):
-        message = f"{path}: not a checkpoint (no metrics.json); name a folder like runs/NAME/epoch-00100"
+        what = "not a checkpoint (no metrics.json)" if path.exists() else "no such folder"
+        message = (
+            f"{path}: {what}; name a run's folder, like runs/NAME, or one of its checkpoints, runs/NAME/epoch-00100"
+        )
         with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
             load_model(path)
 

@@ -66,7 +66,8 @@ def test_synth_writes_the_built_in_sounds(world: World) -> None:
 
 
 def test_pack_says_what_it_packed(world: World) -> None:
-    assert world.pack == (0, f"50 clips, 10 classes, 5 folds, 0.4 min: packed\n{NO_GROUPS}\n", "")
+    classes = f"classes: {', '.join(world.classes)}"
+    assert world.pack == (0, f"50 clips, 10 classes, 5 folds, 0.4 min: packed\n{classes}\n{NO_GROUPS}\n", "")
     again = meamtm_command("pack", "sounds", "packed")
     assert (again.code, again.out) == (0, world.pack.out)
 
@@ -80,6 +81,7 @@ def test_pack_says_what_a_model_will_not_hear_and_what_folds_may_share(tmp_path:
     done = meamtm_command("pack", tmp_path / "in", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[1:] == [
+        "classes: owl, wren",
         NO_GROUPS,
         "recorded at up to 44,100 Hz; a model hears up to half of mel.sample_rate_hz, 8,000 Hz unless you raise that",
     ]
@@ -95,7 +97,9 @@ def test_pack_names_what_it_rejected(world: World, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
     done = meamtm_command("pack", tmp_path / "in", tmp_path / "out", "--manifest", tmp_path / "list.csv")
     assert done.code == 0
-    assert done.out.endswith(f"1 rejected (see {tmp_path / 'out' / 'rejected.csv'}): {tmp_path / 'out'}\n{NO_GROUPS}\n")
+    first, *more = done.out.splitlines()
+    assert first.endswith(f"1 rejected (see {tmp_path / 'out' / 'rejected.csv'}): {tmp_path / 'out'}")
+    assert more == ["classes: x, y", NO_GROUPS]
 
 
 def test_show_prints_every_key_with_its_value_and_the_cost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +252,7 @@ def test_evaluate_tests_what_a_pattern_names_fold_by_fold_as_crossval_does(world
     found = meamtm_command("evaluate", "runs/pairs-*", "--out", tmp_path / "said.csv")
     assert found.code == 0, found.err
     assert re.fullmatch(
-        r"runs/pairs-crossval-\w+ is left out: it holds no checkpoint\n"
+        r"runs/pairs-crossval-folds-1-2-seeds-2-\w+ is left out: it holds no checkpoint\n"
         r"runs/pairs-final-\w+/epoch-00003 is left out: data.test_fold=None: no clip is held out; .*\n"
         r"tested: (runs/pairs-\w+/epoch-00003(, |\n)){4}",
         found.err,
@@ -364,7 +368,11 @@ def test_the_readme_names_sounds_from_python(world: World, capsys: pytest.Captur
     for ours, here in {"runs/mine-XXXXXXXX": world.run_folder, "field/morning.wav": sound}.items():
         assert ours in code
         code = code.replace(ours, str(here))
-    exec(code, {})  # noqa: S102
+    samples, rate_hz = soundfile.read(sound)
+    code = code.replace("48_000", str(rate_hz))
+    names = {"samples": samples}
+    exec(code, names)  # noqa: S102
+    np.testing.assert_array_equal(names["values"], names["answer"].values, "in memory as in a file")
     said = capsys.readouterr().out
     assert said.startswith(f"{sound} {{")
     assert all(repr(name) in said for name in world.classes)

@@ -420,6 +420,7 @@ def _pattern(message: ast.expr) -> str:
     [
         ("optim.lrr", 3e-4, "optim.lrr=0.0003: no such key; did you mean optim.lr?"),
         ("mel.n_bands", 3, "mel.n_bands=3: no such key; did you mean mel.num_bands?"),
+        ("epochs", 3, "epochs=3: no such key; did you mean pretrain.epochs or train.epochs?"),
         ("train.lr", 3, "train.lr=3: no such key; did you mean optim.lr?"),
         ("qqqqqqqq", 1, "qqqqqqqq=1: no such key; see `meamtm show`"),
         (

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from threading import Event
@@ -112,15 +113,15 @@ def test_what_was_found_on_other_data_of_the_same_name_is_not_told_again(
     lines = [line for line in (sounds / "synth.csv").read_text().splitlines() if not line.startswith("5-")]
     (tmp_path / "corrected.csv").write_text("\n".join(lines))
     pack(sounds, tmp_path / packed.name, tmp_path / "corrected.csv")
-    (crossval_folder(config) / "predictions.csv").unlink()  # as a version had it that did not write them
+    (crossval_folder(config, [1, 2]) / "predictions.csv").unlink()  # as a version had it that did not write them
     assert len(cross_validate(config, folds=[1, 2]).predictions()) == 40
     again = override(config, {"data.path": str(tmp_path / packed.name)})
-    assert crossval_folder(again) == crossval_folder(config)
+    assert crossval_folder(again, [1, 2]) == crossval_folder(config, [1, 2])
     with pytest.raises(
         CheckpointError, match=r"was found on other data than .*; set another name, or remove that fold"
     ):
         cross_validate(again, folds=[1, 2])
-    summary = crossval_folder(config) / "crossval.json"
+    summary = crossval_folder(config, [1, 2]) / "crossval.json"
     summary.write_text(summary.read_text().replace('"digest":', '"unknown":'))  # as that version had it
     with pytest.raises(CheckpointError, match="was found on other data than"):
         cross_validate(again, folds=[1, 2])
@@ -154,7 +155,7 @@ def test_runs_side_by_side_find_what_each_finds_alone(
     assert result.confusion is not None
     assert sum(map(sum, result.confusion)) == 4 * 20
 
-    folder = crossval_folder(config)
+    folder = crossval_folder(config, [1, 3], 2)
     written = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     tables = {"config.yaml", "crossval.json", "mlflow.json", "per_class.csv", "predictions.csv"}
     assert written == {*tables, "confusion.png", "folds.png"}
@@ -185,6 +186,8 @@ def test_what_is_there_is_not_trained_again(cluster: None, packed: Path, cache_d
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
     assert cross_validate(config, folds=[1, 2]) == first
     more = cross_validate(config, folds=[1, 2, 3])
+    assert cross_validate(config, folds=[1, 2]) == first, "what was found of more folds does not replace it"
+    assert json.loads((Path(more.folder) / "crossval.json").read_text())["rows"] == [asdict(row) for row in more.rows]
     assert more.rows[:2] == first.rows
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
@@ -298,11 +301,11 @@ def test_the_command_prints_the_table_and_is_quick_when_it_is_done(
         run_here(override(config, {"data.test_fold": fold}))
     shown = meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "1,2")
     assert shown.code == 0, shown.err
-    result = json.loads((crossval_folder(config) / "crossval.json").read_text())
+    result = json.loads((crossval_folder(config, [1, 2]) / "crossval.json").read_text())
     mean = result["figures"]["crossval/accuracy_mean"]
     assert f"test accuracy {mean:.4f} ± " in shown.out
     assert "over 2 runs" in shown.out
-    missed = sum(each.num_right == 0 for each in read_predictions(crossval_folder(config) / "predictions.csv"))
+    missed = sum(each.num_right == 0 for each in read_predictions(crossval_folder(config, [1, 2]) / "predictions.csv"))
     assert f"{missed} of 40 clips that no model named right" in shown.out
     began_s = time.monotonic()
     assert meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "1,2").out == shown.out
@@ -311,7 +314,7 @@ def test_the_command_prints_the_table_and_is_quick_when_it_is_done(
     for fold in (1, 2):
         run_here(override(config, {"data.test_fold": fold, "train.seed": 1}))
     shown = meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "1,2", "--seeds", 2)
-    figures = json.loads((crossval_folder(config) / "crossval.json").read_text())["figures"]
+    figures = json.loads((crossval_folder(config, [1, 2], 2) / "crossval.json").read_text())["figures"]
     assert f"ensemble of each fold's 2 seeds: accuracy {figures['crossval/ensemble_accuracy']:.4f}\n" in shown.out
     began_s = time.monotonic()
     assert meamtm_command("crossval", tmp_path / "run.yaml", "--folds", "1,2", "--seeds", 2).out == shown.out

@@ -119,12 +119,14 @@ def test_sounds_of_other_kinds_are_listed_and_folders_without_sounds_told(
     soundfile.write(source / "bee" / "old.aiff", np.full(100, 0.1), 8_000)
     write_sound(source / "bee" / "converted.wav")
     (source / "bee" / "converted.m4a").write_bytes(b"its original")
+    write_sound(source / "loose.wav")
     (source / "papers").mkdir()
     (source / "papers" / "licence.txt").write_text("free")
     card = pack(source, tmp_path / "out")
     assert (card.classes, card.num_clips, card.num_rejected) == (("ant", "bee"), 6, 1)
     assert "phone.m4a,cannot be decoded" in (tmp_path / "out" / "rejected.csv").read_text()
     assert "papers: holds no sound, so no class is called papers" in caplog.text
+    assert "1 sounds lie beside the classes' folders and are left out, such as loose.wav; move" in caplog.text
 
 
 def test_a_manifest_gives_several_labels_folds_groups_and_splits(tmp_path: Path) -> None:
@@ -438,7 +440,8 @@ def test_missing_files_are_quarantined_unless_all_are(tmp_path: Path) -> None:
     [
         ("path,label\na.wav,x\nb.wav,x\n", r"all clips have one class \(x\); label at least two classes"),
         ("path,label\n", "names no sound"),
-        ("path,kind\na.wav,x\n", "has no column label; it needs label,path$"),
+        ("path,kind\na.wav,x\n", "has no column label; it needs label,path and has 'kind','path'; correct"),
+        ("Path, label\na.wav,x\n", "has no column label, path; it needs label,path and has ' label','Path'; correct"),
         (
             "path;label\na.wav;x\n",
             "has no column label, path; it needs label,path, separated by commas and not by ';'$",
@@ -506,6 +509,13 @@ def test_a_source_without_sounds_says_what_is_expected(tmp_path: Path) -> None:
         pack(tmp_path, tmp_path / "out")
     with pytest.raises(DataError, match=r"--manifest=.*none\.csv: no such file"):
         pack(tmp_path, tmp_path / "out", tmp_path / "none.csv")
+
+
+def test_a_table_in_another_encoding_is_told(tmp_path: Path) -> None:
+    """As Excel saves it; its first line is plain, and a letter further down is not."""
+    (tmp_path / "list.csv").write_bytes("path,label\na.wav,Bébé\nb.wav,Chien\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"list\.csv: cannot be read as a CSV in UTF-8 .*; save it as one"):
+        pack(tmp_path, tmp_path / "out", tmp_path / "list.csv")
 
 
 def test_a_binary_file_is_no_table(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A study file becomes a plan whose every suggestion builds a run, or one clear line."""
 
 import random
+from pathlib import Path
 
 import pytest
 import yaml
@@ -147,6 +148,7 @@ def load_changed(path, *words):
 
 WRONG = [
     ("trails=3", "trails=3: no such key of a study or a run; did you mean trials?"),
+    ("epochs=3", "epochs=3: no such key of a study or a run; did you mean pretrain.epochs or train.epochs?"),
     ("train.epoch=3", "train.epoch=3: no such key of a study or a run; did you mean train.epochs?"),
     ("trials=0", "trials=0: input should be greater than or equal to 1"),
     ("limits.max_param=3", "limits.max_param=3: no such key; did you mean limits.max_params?"),
@@ -198,6 +200,11 @@ def test_a_wrong_study_gets_one_clear_line(path, word, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_changed(path, word)
     assert "\n" not in str(error.value)
+
+
+def test_the_config_of_a_run_is_no_study():
+    with pytest.raises(ConfigError, match=r"esc10\.yaml: data is a setting of a run, .* below set:, or, .* `base: "):
+        load_plan(Path(__file__).parents[1] / "configs" / "esc10.yaml")
 
 
 def test_a_study_without_a_space_is_refused(tmp_path):

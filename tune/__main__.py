@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from meamtm.errors import ConfigError
-from meamtm.screen import run_commands
+from meamtm.screen import end_at_once, run_commands
 
 app = typer.Typer(
     add_completion=False,
@@ -100,4 +100,4 @@ def _told_to_stop() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    end_at_once(main)

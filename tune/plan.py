@@ -123,6 +123,7 @@ def load_plan(path: str | Path, words: Sequence[str] = ()) -> Plan:
     """Reads a study file; KEY=VALUE words change the study, or, where they name keys of a run, its base run."""
     changes = parse_changes(words)
     flat = _merge(_flatten_study(read_yaml(path)), changes)
+    _check_is_study(path, flat)
     config = build(StudyConfig, flat)
     for key, value in changes.items():
         if (of_run := key.removeprefix("set.")) in config.space:
@@ -140,6 +141,15 @@ def load_plan(path: str | Path, words: Sequence[str] = ()) -> Plan:
     _check_corners(plan)
     _check_start(plan)
     return plan
+
+
+def _check_is_study(path: str | Path, flat: Mapping[str, Any]) -> None:
+    sections = {key.partition(".")[0] for key in known_keys(RunConfig)} - StudyConfig.model_fields.keys()
+    if strange := sorted(sections & {key.partition(".")[0] for key in flat}):
+        raise ConfigError(
+            f"{path}: {strange[0]} is a setting of a run, and this is read as a study; put it below set:, or, where "
+            f"the file is a run's, write a study with `base: {path}` and a space"
+        )
 
 
 def _flatten_study(tree: Mapping[str, Any]) -> dict[str, Any]:

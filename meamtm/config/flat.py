@@ -210,9 +210,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     ):  # what follows tells positions, and which of several types it was
         key = ".".join([field_key, *(part for part in place[depth:] if part.isdigit())])
     if problem["type"] == "extra_forbidden":
-        there, last = known_keys(model), key.rpartition(".")[2]
-        elsewhere = [known for known in there if known.rpartition(".")[2] == last]  # in another section
-        near = elsewhere[0] if elsewhere else nearest(key, there)
+        near = nearest(key, known_keys(model))
         return f"{key}={value!r}: no such key" + (f"; did you mean {near}?" if near else "; see `meamtm show`")
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
@@ -226,7 +224,10 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
-    """Guesses which of the known words was meant."""
+    """Guesses which of the known words was meant: those of the same name in other sections, or the most similar one."""
+    last = word.rpartition(".")[2]
+    if elsewhere := [name for name in known if name.rpartition(".")[2] == last]:
+        return " or ".join(elsewhere)
     return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.4)), None)
 
 

@@ -164,6 +164,15 @@ def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
         for path in files:
             clip_id = _clip_id(path.relative_to(source))
             entries.append(Entry(clip_id, path, (folder.name,), clip_id))
+    suffixes = (*AUDIO_SUFFIXES, *OTHER_AUDIO_SUFFIXES)
+    loose = [path for path in source.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith("._")]
+    if loose and entries:
+        logger.warning(
+            "%s: %d sounds lie beside the classes' folders and are left out, such as %s; move them into one",
+            source,
+            len(loose),
+            min(loose).name,
+        )
     if not entries:
         raise DataError(
             f"SOURCE={source}: no sounds found; expected an ESC-50-style CSV beside audio/, "
@@ -186,11 +195,11 @@ def _sorted_labels(entries: Sequence[Entry]) -> tuple[str, ...]:
 
 
 def _header(table: Path) -> set[str]:
-    """Column names of a CSV; none when it is not text."""
+    """Column names of a CSV, whatever its further lines are encoded in; none when it is not text."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
+        with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             return set(next(csv.reader(file), []))
-    except (UnicodeDecodeError, csv.Error):
+    except csv.Error:
         return set()
 
 
@@ -203,7 +212,9 @@ def _read_table(table: Path, needed: set[str]) -> Iterator[tuple[int, dict[str, 
         )
     if missing := needed - (there := _header(table)):
         other = next((mark for mark in ";\t|" if any(mark in name for name in there)), None)
-        hint = f", separated by commas and not by {other!r}" if other is not None else ""
+        hint = f" and has {','.join(map(ascii, sorted(there)))}; correct its first line"
+        if other is not None:
+            hint = f", separated by commas and not by {other!r}"
         raise DataError(
             f"{table}: has no column {', '.join(sorted(missing))}; it needs {','.join(sorted(needed))}{hint}"
         )

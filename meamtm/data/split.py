@@ -63,11 +63,16 @@ def _check_classes(clips: Clips, train: Bool[np.ndarray, " clip"], data: DataCon
     num_heard = clips.targets[train].sum(axis=0)  # (label,)
     if not num_heard.all():
         names = ", ".join(clips.classes[label] for label in np.flatnonzero(num_heard == 0))
+        if not num_heard.any() and not clips.has_split:
+            raise DataError(
+                f"data.path={data.path}: no clip is left to train on with data.test_fold={data.test_fold} and "
+                f"data.valid_fold={data.valid_fold} held out; set one of them to null, or pack the set with more folds"
+            )
         remedy = (
             "in the split that the data set has; pack it with clips of it in `train`"
             if clips.has_split
-            else f"(data.test_fold={data.test_fold}, data.valid_fold={data.valid_fold}); add clips of it, or hold out "
-            "another fold"
+            else f"(data.test_fold={data.test_fold}, data.valid_fold={data.valid_fold}); add clips of it, leave "
+            "the class out and pack again, or hold out another fold"
         )
         raise DataError(f"data.path={data.path}: no training clip has the class {names} {remedy}")
 

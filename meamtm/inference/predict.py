@@ -1,13 +1,15 @@
 """Audio files and a checkpoint, or several -> probabilities or embeddings, file by file or window by window."""
 
 import csv
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
-from jaxtyping import Float, Float32, Int16
+from jaxtyping import Float, Float32, Int16, Shaped
 from torch import Tensor
 
 from meamtm.config import flatten
@@ -37,7 +39,7 @@ class Answer:
 def find_audio(paths: Sequence[Path]) -> list[Path]:
     """Lists the audio files among paths and inside folders, in a fixed order; DataError if there is none."""
     found: list[Path] = []
-    for path in paths:
+    for path in (path.expanduser() for path in paths):
         if path.is_dir():
             sounds = find_sounds(path)
             if not sounds and checkpoint_in(path) is not None:
@@ -55,6 +57,21 @@ def find_audio(paths: Sequence[Path]) -> list[Path]:
             f"{', '.join(map(str, paths))}: no {', '.join(sorted(AUDIO_SUFFIXES))} file in there; name another folder"
         )
     return found
+
+
+def classify_samples(
+    models: Saved | Sequence[Saved], samples: Shaped[np.ndarray, " time"], rate_hz: int
+) -> Float32[np.ndarray, " label"]:
+    """Gives the probabilities of a sound in memory as `classify_files` gives those of a file: of one channel, at any
+    rate and of any length, floats in -1..1 or int16. Raises DataError where there is nothing to hear."""
+    content = io.BytesIO()
+    soundfile.write(content, samples, rate_hz, format="WAV", subtype="FLOAT")
+    ensemble = [models] if isinstance(models, Saved) else models
+    heard = _hear(ensemble, Path("samples"), _probabilities, _evenly, content.getvalue())
+    answer = _mean([_mean(windows) for windows in heard])
+    if answer.values is None:
+        raise DataError(f"samples: {answer.problem}")
+    return answer.values
 
 
 def classify_files(models: Saved | Sequence[Saved], paths: Sequence[Path]) -> Iterator[Answer]:
@@ -125,11 +142,13 @@ def _hear(
     path: Path,
     function: Callable[[Saved, Tensor], Tensor],
     cut: Callable[[int, int], list[int]],
+    content: bytes | None = None,
 ) -> list[list[Answer]]:
-    """Gives for each model an answer for each window of a file; or one answer that says why it cannot be heard."""
+    """Gives for each model an answer for each window of a file, or of what would be in it; or one answer that says why
+    it cannot be heard."""
     rates_hz = {saved.config.mel.sample_rate_hz for saved in ensemble}
     try:
-        sounds = {rate_hz: read_audio(path, rate_hz)[0] for rate_hz in rates_hz}
+        sounds = {rate_hz: read_audio(content or path, rate_hz)[0] for rate_hz in rates_hz}
     except DataError as error:
         return [[Answer(path, None, str(error))]]
     return [_windows(saved, path, sounds[saved.config.mel.sample_rate_hz], function, cut) for saved in ensemble]

@@ -156,8 +156,9 @@ def read_record(folder: Path, *, to_train: bool = True) -> dict[str, Any]:
     try:
         record = json.loads((folder / "metrics.json").read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
+        what = "not a checkpoint (no metrics.json)" if folder.exists() else "no such folder"
         raise CheckpointError(
-            f"{folder}: not a checkpoint (no metrics.json); name a folder like runs/NAME/epoch-00100"
+            f"{folder}: {what}; name a run's folder, like runs/NAME, or one of its checkpoints, runs/NAME/epoch-00100"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
