@@ -15,6 +15,7 @@ from meamtm.inference.predict import (
     Answer,
     check_any,
     classify_files,
+    classify_samples,
     classify_windows,
     embed_files,
     find_audio,
@@ -172,6 +173,21 @@ def test_files_of_any_rate_and_channels_are_heard(saved: Saved, tmp_path: Path) 
     stereo = write(tmp_path / "stereo.flac", np.stack([tone, tone], axis=1), 44_100)
     [answer] = heard(classify_files(saved, [stereo]))
     np.testing.assert_allclose(answer, expected(saved, low_tone), atol=0.02)
+
+
+@pytest.mark.parametrize("num_samples", [900, 12_000, 40_000], ids=["short", "some windows", "many"])
+def test_a_sound_in_memory_is_answered_as_in_a_file(saved: Saved, tmp_path: Path, num_samples: int) -> None:
+    sound = np.round(noise(num_samples) * 2**15) / 2**15  # which 16 bits hold
+    for rate_hz in (RATE_HZ, 11_025):
+        (in_file,) = heard(classify_files(saved, [write(tmp_path / "a.wav", sound, rate_hz)]))
+        integers = ((sound * 2**15).astype(np.int16), (sound.astype(np.float64) * 2**31).astype(np.int32))
+        for samples in (sound, sound.astype(np.float64), *integers):
+            np.testing.assert_array_equal(classify_samples(saved, samples, rate_hz), in_file)
+    ensemble = [saved, made(multi_label=False, seed=1)]
+    mean = np.mean([classify_samples(each, sound, RATE_HZ) for each in ensemble], axis=0)
+    np.testing.assert_allclose(classify_samples(ensemble, sound, RATE_HZ), mean)
+    with pytest.raises(DataError, match=r"^samples: "):
+        classify_samples(saved, sound[:0], RATE_HZ)
 
 
 def test_one_file_that_cannot_be_read_leaves_the_others_answered(saved: Saved, tmp_path: Path) -> None:

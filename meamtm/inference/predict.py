@@ -63,9 +63,10 @@ def classify_samples(
     models: Saved | Sequence[Saved], samples: Shaped[np.ndarray, " time"], rate_hz: int
 ) -> Float32[np.ndarray, " label"]:
     """Gives the probabilities of a sound in memory as `classify_files` gives those of a file: of one channel, at any
-    rate and of any length, floats in -1..1 or int16. Raises DataError where there is nothing to hear."""
+    rate and of any length, floats in -1..1, int16 or int32. Raises DataError where there is nothing to hear."""
     content = io.BytesIO()
-    soundfile.write(content, samples, rate_hz, format="WAV", subtype="FLOAT")
+    whole = {"int16": "PCM_16", "int32": "PCM_32"}  # of which libsndfile would make floats as large
+    soundfile.write(content, samples, rate_hz, format="WAV", subtype=whole.get(samples.dtype.name, "FLOAT"))
     ensemble = [models] if isinstance(models, Saved) else models
     heard = _hear(ensemble, Path("samples"), _probabilities, _evenly, content.getvalue())
     answer = _mean([_mean(windows) for windows in heard])
