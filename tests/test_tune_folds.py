@@ -6,6 +6,7 @@ import shutil
 import signal
 import statistics
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -297,7 +298,9 @@ def test_trials_of_several_folds_are_sent_to_a_server_that_lacks_them(noisy, tmp
     places = [f"studies_dir={tmp_path}/studies", f"tracking.uri=sqlite:///{tmp_path}/other.db"]
     late = load_plan(path, [*words, *places])
     assert not is_recorded(late, result)
-    assert run_study(late, pytest.fail) == result
+    told = run_study(late, pytest.fail)
+    assert told.mlflow_uri == late.base.tracking.uri
+    assert replace(told, mlflow_uri=result.mlflow_uri, mlflow_run_id=result.mlflow_run_id) == result
     assert trial_points(late) == trial_points(plan)
     assert is_recorded(late, result)
 
