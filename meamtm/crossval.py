@@ -125,13 +125,12 @@ def cross_validate(
 ) -> CrossValidation:
     """Trains and tests a config on each fold (or those named) with seeds from `train.seed` on, and records the result.
 
-    Each of these is a plain run, so the same call continues what was interrupted, and more seeds add runs to those that
-    are there.
+    Each of these is a plain run, so the same call continues what was interrupted, and more seeds add to what is there.
     Raises DataError for a fold that does not exist, and whatever stops a run.
     """
     config = absolute(config)
     runs = plan_runs(config, folds, num_seeds)
-    some = sorted(set(folds)) if set(folds) != set(find_folds(config)) else ()
+    some = () if not folds or set(folds) == set(find_folds(config)) else sorted(set(folds))
     return evaluate_runs(config, crossval_folder(config, some, num_seeds), runs, heard, should_stop)
 
 

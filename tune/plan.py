@@ -206,8 +206,16 @@ def _check_folds(plan: Plan) -> None:
 
 def _check_keys(plan: Plan) -> None:
     known = known_keys(RunConfig)
-    fixed = ("data.test_fold", "data.valid_fold", "data.path", "name", "runs_dir", "train.epochs", "pretrain.epochs")
-    fixed = (*fixed, "train.seed")  # whose luck would be chosen; and finalists have seeds of their own
+    fixed = (
+        "data.test_fold",
+        "data.valid_fold",
+        "data.path",
+        "name",
+        "runs_dir",
+        "train.epochs",
+        "pretrain.epochs",
+        "train.seed",
+    )  # whose luck would be chosen; and finalists have seeds of their own
     for key in plan.space.ranges:
         if key not in known:
             near = nearest(key, known)

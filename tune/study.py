@@ -15,7 +15,7 @@ from meamtm.config import differences, write_yaml
 from meamtm.data.packed import digest_of
 from meamtm.errors import ConfigError, MeamtmError
 from meamtm.screen import loss
-from meamtm.tracking import resolve_uri, warn_of_rest
+from meamtm.tracking import hide_password, resolve_uri, warn_of_rest
 from meamtm.training.lock import held
 from tune.checks import check_data, check_digest, check_teachers, digest_of_trials
 from tune.finalists import choose, enqueue_finalists, missing_repeats, repeats, waiting_repeats
@@ -131,7 +131,7 @@ def _within(plan: Plan, budget_s: float | None) -> Plan:
 
 
 def _is_recorded_elsewhere(plan: Plan, done: Result) -> bool:
-    return plan.base.tracking.mlflow and done.mlflow_uri != resolve_uri(plan.base.tracking)
+    return plan.base.tracking.mlflow and done.mlflow_uri != hide_password(resolve_uri(plan.base.tracking))
 
 
 def _complete_record(plan: Plan, done: Result) -> Result:
@@ -146,7 +146,7 @@ def _complete_record(plan: Plan, done: Result) -> Result:
                 assert parent is not None, "nothing is missing where MLflow is not wanted"
                 _record(plan, study, done, parent, tags)
                 parent.close("FINISHED", RECORD_WAIT_S)
-            done = replace(done, mlflow_uri=parent.uri, mlflow_run_id=parent.run_id)
+            done = replace(done, mlflow_uri=hide_password(parent.uri), mlflow_run_id=parent.run_id)
             write_result(plan, done)
             if Path(done.run_folder).exists():
                 send_rest(absolute(plan.chosen(done.best_row.point)))
@@ -186,7 +186,7 @@ def _conclude(plan: Plan, study: "Study", parent: "MLflowSink | None", tell: Tel
         run_folder=str(outcome.folder),
         checkpoint=str(outcome.checkpoint),
         test=dict(outcome.evaluation.metrics) if outcome.evaluation is not None else None,
-        mlflow_uri=parent.uri if parent else None,
+        mlflow_uri=hide_password(parent.uri) if parent else None,
         mlflow_run_id=parent.run_id if parent else None,
         finalists=plan.config.finalists,
         finalist_seeds=plan.config.finalist_seeds,
