@@ -25,6 +25,8 @@ import torch
 import yaml
 from mlflow.entities import Run
 from mlflow_points import points_of
+from sqlalchemy import Engine
+from sqlalchemy.event import listen, remove
 from tiny import TINY
 
 from meamtm.config import from_flat, load, run_folder
@@ -496,6 +498,29 @@ def test_a_study_that_is_told_to_stop_ends_its_runs_and_can_go_on(study):
     assert "Traceback" not in rest
     assert states(plan).keys() == {"WAITING"}
     assert {run.info.status for runs in recorded(plan).values() for run in runs} == {"KILLED"}
+
+
+@pytest.mark.ray
+def test_a_signal_while_the_studys_file_is_written_leaves_it_free(study, cluster):
+    plan = load_plan(study, ["train.epochs=500", "asha.enabled=false", "tracking.mlflow=false"])
+    written: list[str] = []
+    signalled_s: list[float] = []
+
+    def interrupt(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO trial_intermediate_values"):
+            written.append(statement)
+        elif written and not signalled_s:  # a query, whose answer nobody has read yet
+            signalled_s.append(time.monotonic())
+            signal.raise_signal(signal.SIGINT)
+
+    listen(Engine, "after_cursor_execute", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_study(plan, lambda _: None)
+    finally:
+        remove(Engine, "after_cursor_execute", interrupt)
+    assert time.monotonic() - signalled_s[0] < 10
+    assert states(plan).keys() == {"WAITING"}
 
 
 @pytest.mark.parametrize("runs_dir", ["runs", "~/runs", "/mnt/runs"])

@@ -20,6 +20,7 @@ from meamtm.tracking import MLflowSink
 from meamtm.training.memory import LIBRARIES_BYTES, needed_bytes
 from meamtm.training.run import absolute
 from tune.history import requeue, settle, trained
+from tune.interrupt import between_steps
 from tune.plan import Plan
 from tune.race import RacingASHA, RacingFIFO
 from tune.record import Recorder
@@ -51,16 +52,17 @@ def run_trials(
         os.environ.setdefault(name, value)
     with _log_of_ray(plan.folder / "ray.log"), _cluster(plan.base.scale):
         search = TruthfulSearch(plan, count_at_once(plan))
-        recorder = Recorder(plan, search, parent, tags, tell)
-        try:
-            _make_tuner(plan, search, recorder, num_trials).fit()
-            search.check_failures()
-            if search.exhausted is not None:
-                tell(f"{plan.name}: {search.exhausted}, so the search ends; widen the space")
-            settle(search.study)
-        finally:
-            requeue(search.study)
-            recorder.close("KILLED")
+        with between_steps() as heed_signal:
+            recorder = Recorder(plan, search, parent, tags, tell=tell, heed_signal=heed_signal)
+            try:
+                _make_tuner(plan, search, recorder, num_trials).fit()
+                search.check_failures()
+                if search.exhausted is not None:
+                    tell(f"{plan.name}: {search.exhausted}, so the search ends; widen the space")
+                settle(search.study)
+            finally:
+                requeue(search.study)
+                recorder.close("KILLED")
 
 
 def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder, num_trials: int) -> ray.tune.Tuner:

@@ -1,5 +1,5 @@
-"""SIGTERM and Ctrl-C -> KeyboardInterrupt, once: what ends the runs after it must not be interrupted itself. Or, while
-one run trains, a wish to stop, which it grants after its step."""
+"""SIGTERM and Ctrl-C -> KeyboardInterrupt, once: what ends the runs after it must not be interrupted itself. Or a wish
+to stop: one run grants it after its step, a search before its next."""
 
 import signal
 import threading
@@ -35,6 +35,22 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
         return
     with _armed(asked):
         yield asked.is_set
+
+
+@contextmanager
+def between_steps() -> Iterator[Callable[[], None]]:
+    """Yields what raises KeyboardInterrupt once a signal has come, as does the end of the block.
+
+    An interrupt elsewhere may leave a query to SQLite unread, which locks the file for all that is written after it, or
+    be swallowed, as Python does with what a weak reference's end raises."""
+    with stop_asked() as should_stop:
+
+        def heed() -> None:
+            if should_stop():
+                raise KeyboardInterrupt
+
+        yield heed
+        heed()
 
 
 @contextmanager

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder(ray.tune.Callback):
-    """Follows the trials of one search. `tell` takes one line per finished trial."""
+    """Follows the trials of one search. `tell` takes one line per finished trial; `heed_signal` ends the search by
+    KeyboardInterrupt once it has been told to stop."""
 
     def __init__(
         self,
@@ -30,9 +31,12 @@ class Recorder(ray.tune.Callback):
         search: TruthfulSearch,
         parent: MLflowSink | None,
         tags: Mapping[str, str],
+        *,
         tell: Callable[[str], None],
+        heed_signal: Callable[[], None],
     ) -> None:
         self.plan, self.search, self.parent, self.tags, self.tell = plan, search, parent, tags, tell
+        self.heed_signal = heed_signal
         self.sinks: dict[str, MLflowSink] = {}
         self.began_s: dict[str, float] = {}
         self.logged: dict[str, int] = {}
@@ -40,6 +44,10 @@ class Recorder(ray.tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leaves everything behind: Tune pickles its callbacks for a restore that the study's file makes needless."""
         return {}
+
+    def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:  # noqa: ARG002
+        """Ends the search here if it has been told to stop: no file is being written."""
+        self.heed_signal()
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Opens the trial's MLflow run, or continues the one it had; tells what was refused before it."""
