@@ -424,6 +424,11 @@ def _pattern(message: ast.expr) -> str:
         ("train.lr", 3, "train.lr=3: no such key; did you mean optim.lr?"),
         ("qqqqqqqq", 1, "qqqqqqqq=1: no such key; see `meamtm show`"),
         (
+            "data.valid_fold",
+            "None",
+            "data.valid_fold='None': is a word here; none at all is null; data.valid_fold is: ",
+        ),
+        (
             "train.epochs",
             "many",
             (
@@ -593,13 +598,18 @@ def test_every_key_says_what_it_means() -> None:
         ),
         ("a: &a [*a]", r"run\.yaml line 1: not valid YAML \(\*a stands for a value"),
         ("optim:\n  lr: 1\n  lr: 2", r"run\.yaml line 3: not valid YAML \(the key lr comes twice\); correct it"),
+        ("space: {}", r"run\.yaml: space makes this the file of a study and not of a run; python -m tune .*run\.yaml "),
+        (
+            "kind: pack",
+            r"run\.yaml: kind makes this the file of a job and not of a run; python -m jobs submit .*run\.y",
+        ),
         ("optim.lr: 1\noptim: {lr: 2}", r"^optim\.lr=2: comes twice, nested and dotted; keep one of them$"),
         ("{" * 5_000, r"run\.yaml: not valid YAML \(too many brackets within each other\); correct it"),
         ("lr: {{ lr }}", r"run\.yaml line 1: not valid YAML \(a key is a word, not a list or mapping\); correct it"),
         ("a: \0", r"run\.yaml: not valid YAML \(unacceptable character .*\); correct it"),
         ("a: 1\n" + "#" * (1 << 20), r"run\.yaml: longer than 1,048,576 characters; settings are not"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text(text)

@@ -131,6 +131,22 @@ def test_words_of_a_run_change_the_base_and_words_of_a_study_the_study(path):
     assert "encoder.heads" not in plan.space.ranges
 
 
+def test_a_range_is_changed_from_the_command_line(path):
+    tree = yaml.safe_load(path.read_text())
+    tree["space"]["optim.warmup"] = {"uniform": [0.0, 0.1], "when": {"optim.schedule": "cosine"}}
+    path.write_text(yaml.safe_dump(tree))
+    ranges = load_plan(path, ["space.optim.warmup.choice=[0.0, 0.2]", "space.optim.lr.uniform=[0.1, 0.2]"]).space.ranges
+    assert ranges["optim.lr"].uniform == (0.1, 0.2)
+    assert ranges["optim.warmup"].choice == (0.0, 0.2)
+    assert ranges["optim.warmup"].when == {"optim.schedule": "cosine"}, "where a key is searched stays as it was"
+    added = load_plan(path, ["space.optim.clip_grad.uniform=[0.5, 2]"]).space.ranges["optim.clip_grad"]
+    assert added.uniform == (0.5, 2.0)
+    with pytest.raises(
+        ConfigError, match=r"space\.optim\.lr: give exactly one of .* \(there is log_uniform, uniform\)"
+    ):
+        load_plan(path, ["space.optim.lr.uniform=[0.1, 0.2]", "space.optim.lr.log_uniform=[0.1, 0.2]"])
+
+
 def load_changed(path, *words):
     """Loads the study with some keys changed, those of its space in the file."""
     tree = yaml.safe_load(path.read_text())

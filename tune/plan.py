@@ -28,7 +28,7 @@ from meamtm.config import (
 )
 from meamtm.errors import ConfigError
 from tune.config import StudyConfig
-from tune.space import Range, Space, encode, parse_ranges
+from tune.space import KINDS, Range, Space, encode, parse_ranges
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,20 @@ def _flatten_study(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge(flat: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes of a study's keys replace them; others go to the base run. `space.KEY=null` stops searching a key."""
+    """Changes of a study's keys replace them; others go to the base run. `space.KEY=null` stops searching a key,
+    `space.KEY.uniform=[0, 1]` searches it elsewhere, under the same conditions."""
     own = {key: value for key, value in changes.items() if key.partition(".")[0] in StudyConfig.model_fields}
+    of_run = changes.keys() - own.keys()
+    for key in [key for key in own if key.startswith("space.") and key.rpartition(".")[2] in KINDS]:
+        parent, _, kind = key.rpartition(".")
+        conditions = {"when": flat[parent]["when"]} if "when" in flat.get(parent, {}) else {}
+        own[parent] = conditions | (own.get(parent) or {}) | {kind: own.pop(key)}
     for key, value in own.items():
         if value is None and key.startswith("space.") and key not in flat:
             near = nearest(key, [known for known in flat if known.startswith("space.")])
             raise ConfigError(f"{key}=null: it is not searched" + (f"; did you mean {near}?" if near else " anyway"))
     flat = {key: value for key, value in (flat | own).items() if value is not None or not key.startswith("space.")}
-    for key in changes.keys() - own.keys():
+    for key in of_run:
         flat[f"set.{_known(key, changes[key])}"] = changes[key]
     return flat
 

@@ -47,6 +47,9 @@ LATER: dict[str, Any] = {
 }
 """Keys that came when runs had been trained, and what those had been trained with: they keep their signatures."""
 
+OTHER_FILES = {"space": ("study", "python -m tune"), "kind": ("job", "python -m jobs submit")}
+"""Keys that no run has, and what has them."""
+
 
 def flatten(tree: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
     """Gives every leaf its dotted key; tuples become lists, as in YAML."""
@@ -75,7 +78,13 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> RunConfig:
     """Reads a YAML file of differences from the defaults (nested or dotted) and applies further ones."""
-    return from_flat(_changed(flatten(read_yaml(path)), flatten(changes or {})))
+    tree = read_yaml(path)
+    for key, (what, command) in OTHER_FILES.items():
+        if key in tree:
+            raise ConfigError(
+                f"{path}: {key} makes this the file of a {what} and not of a run; {command} {path} reads it"
+            )
+    return from_flat(_changed(flatten(tree), flatten(changes or {})))
 
 
 def _changed(flat: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +201,7 @@ def _check_booleans(model: type[BaseModel], flat: Mapping[str, Any]) -> None:
         if any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value])):
             raise ConfigError(
                 f"{key}={value!r}: is no number, and YAML reads on, off, yes and no so too; "
-                f"{key} is: {field.description} (default {field.default!r})"
+                f"{key} is: {field.description} (default {_written(field.default)})"
             )
 
 
@@ -216,11 +225,17 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         return str(problem["ctx"]["error"])
     field = _field(model, field_key)
     meaning = (
-        f"; {field_key} is: {field.description} (default {field.default!r})"
+        f"; {field_key} is: {field.description} (default {_written(field.default)})"
         if field is not None and field.description
         else ""
     )
+    if value in ("None", "none") and field is not None and _takes(field.annotation, type(None)):
+        return f"{key}={value!r}: is a word here; none at all is null{meaning}"
     return f"{key}={value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}{meaning}"
+
+
+def _written(default: Any) -> str:
+    return "null" if default is None else repr(default)
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
