@@ -101,13 +101,16 @@ def pack(
 
     with counting("packing") as progress:
         card = pack_folder(source, out, manifest, strict=strict, progress=progress)
-    folds = f"{len(card.folds)} folds" if card.folds else "its own train/valid/test split"
+    has_split = card.has_split or not card.folds
+    folds = "its own train/valid/test split" if has_split else f"{len(card.folds)} folds"
+    labels = ", several labels a clip" if card.multi_label else ""
     rejected = f", {card.num_rejected} rejected (see {out / 'rejected.csv'})" if card.num_rejected else ""
     typer.echo(
-        f"{card.num_clips} clips, {len(card.classes)} classes, {folds}, {card.total_s / 60:.1f} min{rejected}: {out}"
+        f"{card.num_clips} clips, {len(card.classes)} classes{labels}, {folds}, {card.total_s / 60:.1f} min{rejected}: "
+        f"{out}"
     )
     typer.echo(f"classes: {', '.join(card.classes[:MOST_CLASSES])}{', ...' * (len(card.classes) > MOST_CLASSES)}")
-    if card.folds and card.num_groups == card.num_clips:
+    if not has_split and card.num_groups == card.num_clips:
         typer.echo(
             "each clip counts as a recording of its own; where several come from one, name it in a manifest's column "
             "`group`, or folds will share it"

@@ -65,7 +65,7 @@ class CrossValidation:
     classes: tuple[str, ...]
     rows: tuple[FoldRow, ...]
     confusion: list[list[int]] | None
-    """Clips by true class (row) and named class (column), over all rows; None where clips have several labels."""
+    """Answers by true class (row) and named class (column), over all rows; None where clips have several labels."""
     digest: str | None = None
     """Of the data set; None in a result of an earlier version."""
     ensemble: dict[str, float] | None = None
@@ -85,6 +85,11 @@ class CrossValidation:
     def score(self) -> str:
         """The metric that counts: mean average precision where clips have several labels, accuracy elsewhere."""
         return "accuracy" if self.confusion is not None else "map"
+
+    @property
+    def counted(self) -> str:
+        """What the confusion matrix counts: with several seeds each clip comes as often."""
+        return "clips" if len(self.seeds) == 1 else "answers"
 
     def values(self, fold: int | None = None, seed: int | None = None) -> list[float]:
         """Gives the score of each run, of one fold or one seed if named."""
@@ -255,7 +260,7 @@ def _write(config: RunConfig, result: CrossValidation, predictions: Sequence[Pre
     write_predictions(folder / PREDICTIONS, predictions, result.classes)
     if result.confusion is not None:
         matrix = np.array(result.confusion)
-        confusion_figure(matrix, result.classes, folder / "confusion.png")
+        confusion_figure(matrix, result.classes, folder / "confusion.png", result.counted)
         per_class_table(matrix, result.classes, folder / "per_class.csv")
     by_fold = {fold: result.values(fold=fold) for fold in result.folds}
     folds_figure(by_fold, f"test {result.score}", folder / "folds.png")

@@ -4,6 +4,7 @@ import fcntl
 import glob
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,3 +107,12 @@ def sync(path: Path) -> None:
 
 def _beside(out: Path, kind: str) -> Path:
     return out.with_name(f".{out.name}.{kind}-{uuid.uuid4().hex[:8]}")
+
+
+def file_status(path: Path) -> os.stat_result | None:
+    """Looks at a file; None where there is none, whatever its name is, or where there is something else."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # a name too long, or with a zero in it
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None

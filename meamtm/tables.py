@@ -91,7 +91,7 @@ def print_crossval(result: "CrossValidation") -> None:
     table.add_row("mean", *(f"{value:.4f}" for value in means), f"{sum(means) / len(means):.4f}")
     console.print(table)
     if result.confusion is not None:
-        _print_per_class(np.array(result.confusion), result.classes)
+        _print_per_class(np.array(result.confusion), result.classes, result.counted)
     _print_mistaken(result.predictions())
     figures = result.figures()
     mean, std, std_of_seeds = (figures[f"crossval/{result.score}_{kind}"] for kind in ("mean", "std", "std_of_seeds"))
@@ -198,10 +198,10 @@ def _print_mistaken(predictions: "Sequence[Prediction]") -> None:
     console.print(table)
 
 
-def _print_per_class(confusion: "NDArray[np.int64]", classes: "Sequence[str]") -> None:
+def _print_per_class(confusion: "NDArray[np.int64]", classes: "Sequence[str]", counted: str = "clips") -> None:
     from meamtm.tracking import per_class
 
-    table = Table("class", "precision", "recall", "F1", "clips")
+    table = Table("class", "precision", "recall", "F1", counted)
     for row in per_class(confusion, classes):
         scores = (f"{row[key]:.2f}" for key in ("precision", "recall", "f1"))
         table.add_row(str(row["class"]), *scores, f"{row['support']:g}")

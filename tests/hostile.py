@@ -93,7 +93,7 @@ def contents() -> dict[str, tuple[bytes, str | None]]:
         ),
         "1e300.wav": (encoded(np.full(99, 1e300), subtype="DOUBLE"), "not finite"),
         "far beyond full scale.wav": (encoded(np.full(99, 1e6, np.float32), subtype="FLOAT"), PACKED),
-        "silent.wav": (encoded(np.zeros(99, np.float32)), "silent: every sample is zero"),
+        "silent.wav": (encoded(np.zeros(99, np.float32)), "silent: every sample is zero, as 16 bits of one channel"),
         "one sample.wav": (encoded(np.ones(1, np.float32)), PACKED),
         "two samples.flac": (encoded(np.ones(2, np.float32), kind="FLAC"), PACKED),
         "1 Hz.wav": (encoded(tone(), 1), "sampled at 1 Hz; a sound has 500 or more"),

@@ -403,6 +403,12 @@ def test_predict_averages_the_runs_that_a_pattern_names(world: World, tmp_path: 
         "runs/several-crossval-0 is left out: it holds no checkpoint",
         "runs/several-short is left out: it is not trained to its end",
     ]
+    (world.folder / "runs" / "several-best").symlink_to(folders[0])
+    again = meamtm_command("predict", "runs/several-*", "sounds", "--out", tmp_path / "linked.csv")
+    assert again.err.splitlines()[-1].startswith("ensemble of 2: "), "a link is no other model"
+    (world.folder / "runs" / "several-best").unlink()
+    short = meamtm_command("predict", "runs/several-short", "sounds", "--out", tmp_path / "short.csv")
+    assert short.err == "runs/several-short is not trained to its end; the same command as before goes on\n"
     for number, folder in enumerate(folders):
         assert meamtm_command("predict", folder, "sounds", "--out", tmp_path / f"{number}.csv").err == ""
     first, second, both = (probabilities(tmp_path / f"{name}.csv", world.classes) for name in ("0", "1", "both"))

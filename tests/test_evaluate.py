@@ -1,6 +1,7 @@
 """What a checkpoint is tested on: clips that it never heard, asked as it was taught, on whatever computes here."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,28 @@ def test_clips_that_trained_a_model_are_no_test_in_another_set_either(
     assert len(evaluate(outcome.folder, str(unheard), 1).clip_ids) == 20, "though no other fold has any class"
     with pytest.raises(DataError, match=r"data.test_fold=2: .* has no such fold; choose one of 1"):
         evaluate(outcome.folder, str(unheard), 2)
+
+
+def test_who_cannot_tell_what_a_model_has_heard_says_so(
+    sounds: Path, cache_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = packed_anew(sounds, tmp_path / "mine")
+    outcome = run_here(tiny(mine, cache_dir, tmp_path / "runs", SHORT))
+    anew = packed_anew(sounds, tmp_path / "anew", folds="12")
+    with pytest.raises(DataError, match=r"--data=.*anew: \d+ of its 40 clips trained"):
+        evaluate(outcome.folder, str(anew))
+    mine.rename(tmp_path / "moved")
+    caplog.clear()
+    assert len(evaluate(outcome.folder, str(anew)).clip_ids) == 40
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "meamtm.training.evaluate"]
+    assert re.match(r"data\.path=.*mine: what .* was trained on is not there any more, so nobody can tell", said)
+    with pytest.raises(
+        DataError, match=r"data\.path=.*mine: no packed data set there.*, or name where .* with --data$"
+    ):
+        evaluate(outcome.folder)
+    caplog.clear()
+    assert evaluate(outcome.folder, str(tmp_path / "moved")).metrics == outcome.evaluation.metrics
+    assert not caplog.records
 
 
 def test_clips_that_chose_a_models_epoch_are_no_test_of_it(

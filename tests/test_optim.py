@@ -155,6 +155,11 @@ def test_an_optimizer_that_timm_does_not_know_is_refused() -> None:
         make_optimizer(tiny_model(), run(name="adamx"))
 
 
+def test_an_optimizer_that_needs_second_derivatives_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^optim\.name='adahessian': takes second derivatives, .*; name another$"):
+        make_optimizer(tiny_model(), run(name="adahessian"))
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize(("name", "is_fused"), [("adamw", True), ("sgd", True), ("lion", False)])
 def test_one_pass_over_all_weights_where_the_optimizer_has_it(name: str, is_fused: bool, trainable: bool) -> None:

@@ -141,6 +141,7 @@ def test_a_manifest_gives_several_labels_folds_groups_and_splits(tmp_path: Path)
     assert column(tmp_path / "out", "labels") == [[0, 1], [1], [0]]
     assert column(tmp_path / "out", "group") == ["g", "g", "h"]
     assert column(tmp_path / "out", "split") == ["train", "train", "test"]
+    assert card.has_split
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,74 @@ def test_copies_that_a_test_would_hear_again_are_told(
     assert len(told) == len(said)
     for message, expected in zip(told, said, strict=True):
         assert re.search("^the same samples come again with " + expected, message)
+    caplog.clear()
+    pack(tmp_path / "in", tmp_path / "out", table)
+    assert [record.getMessage() for record in caplog.records if record.name == "meamtm.data.pack"] == told, "and again"
+
+
+def test_names_are_the_same_however_they_are_spelt(tmp_path: Path) -> None:
+    """A list in a spreadsheet's hands gets blanks, and a Mac takes accents apart."""
+    for number, folder in enumerate(("gru\u0308nspecht", "gr\u00fcnspecht", "owl")):
+        write_sound(tmp_path / "folders" / folder / f"{number}.wav", number)
+    assert pack(tmp_path / "folders", tmp_path / "one").classes == ("gr\u00fcnspecht", "owl")
+    table = tmp_path / "folders" / "list.csv"
+    table.write_text(
+        "path, label ,group\ngr\u00fcnspecht/0.wav,gr\u00fcnspecht, north\n"
+        "gr\u00fcnspecht/1.wav,gru\u0308nspecht,north\n owl/2.wav , owl,so\u0308d\n",
+        encoding="utf-8",
+    )
+    card = pack(tmp_path / "folders", tmp_path / "two", table)
+    assert (card.classes, card.num_clips, card.num_groups) == (("gr\u00fcnspecht", "owl"), 3, 2)
+    assert column(tmp_path / "two", "group") == ["north", "north", "s\u00f6d"]
+    assert column(tmp_path / "two", "clip_id")[0] == "gru\u0308nspecht/0", "as the file is called"
+
+
+def test_links_are_followed_and_hidden_folders_are_not(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "in", ant=2, bee=2)
+    class_folders(tmp_path / "elsewhere", night=2)
+    (source / "bee" / "more").symlink_to(tmp_path / "elsewhere")
+    (source / "bee" / "round").symlink_to(source / "bee")
+    write_sound(source / "bee" / ".versions" / "00~old.wav", 7)
+    pack(source, tmp_path / "out")
+    names = ["ant/00", "ant/01", "bee/00", "bee/01", "bee/more/night/00", "bee/more/night/01"]
+    assert column(tmp_path / "out", "clip_id") == names
+
+
+def test_a_list_that_nobody_named_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = class_folders(tmp_path / "in", ant=2, bee=2)
+    (source / "labels.csv").write_text("path,label,group\nant/00.wav,ant,one\n")
+    (source / "folder.csv").mkdir()
+    (source / "lost.csv").symlink_to(source / "nowhere")
+    assert pack(source, tmp_path / "out").num_clips == 4
+    assert "labels.csv: lists clips and is not read, for each folder here is a class; name it by --manif" in caplog.text
+
+
+def test_what_cannot_be_used_decides_nothing(tmp_path: Path) -> None:
+    """Folds and the kind of set are those of the usable clips, wherever the others stood."""
+    source = class_folders(tmp_path / "in", ant=10, bee=5)
+    pack(source, tmp_path / "clean")
+    rows = [f"{path.relative_to(source)},{path.parent.name}" for path in sorted(source.rglob("*.wav"))]
+    for number in range(9):
+        (source / "bee" / f"a{number}.wav").write_bytes(b"")
+    table = source / "list.csv"
+    table.write_text("path,label\n" + "\n".join([*rows, *(f"bee/a{n}.wav,bee;ant" for n in range(9))]) + "\n")
+    card = pack(source, tmp_path / "out", table)
+    assert (card.num_clips, card.num_rejected, card.multi_label) == (15, 9, False)
+    for name in ("clip_id", "label", "fold"):
+        assert column(tmp_path / "out", name) == column(tmp_path / "clean", name)
+    assert card.digest == read_card(tmp_path / "clean").digest
+
+
+def test_floats_that_were_written_as_whole_numbers_are_told(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "in", ant=2, bee=2)
+    sound = np.random.default_rng(0).uniform(-1, 1, 400).astype(np.float32)
+    soundfile.write(source / "bee" / "scipy.wav", 20_000 * sound, 8_000, subtype="FLOAT")
+    soundfile.write(source / "bee" / "loud.wav", 1.5 * sound, 8_000, subtype="FLOAT")
+    assert pack(source, tmp_path / "out").num_rejected == 1
+    assert re.fullmatch(
+        r"holds samples as large as (19|20)\d{3}, where full scale is 1; divide .* 32768",
+        rejected(tmp_path / "out")["scipy.wav"],
+    )
 
 
 def test_a_set_with_a_split_and_no_folds_tells_of_none(tmp_path: Path) -> None:
@@ -406,7 +475,7 @@ def test_bad_files_are_quarantined_with_their_reasons(tmp_path: Path) -> None:
     assert (card.num_clips, card.num_rejected) == (6, 4)
     reasons = rejected(tmp_path / "out")
     assert set(reasons) == {"text.wav", "nothing.mp3", "silent.wav", "infinite.wav"}
-    assert reasons["silent.wav"] == "silent: every sample is zero"
+    assert reasons["silent.wav"] == "silent: every sample is zero, as 16 bits of one channel"
     assert reasons["infinite.wav"] == "holds samples that are not finite numbers"
     assert reasons["text.wav"].startswith("cannot be decoded")
 
@@ -441,7 +510,15 @@ def test_missing_files_are_quarantined_unless_all_are(tmp_path: Path) -> None:
         ("path,label\na.wav,x\nb.wav,x\n", r"all clips have one class \(x\); label at least two classes"),
         ("path,label\n", "names no sound"),
         ("path,kind\na.wav,x\n", "has no column label; it needs label,path and has 'kind','path'; correct"),
-        ("Path, label\na.wav,x\n", "has no column label, path; it needs label,path and has ' label','Path'; correct"),
+        ("Path, label\na.wav,x\n", "has no column path; it needs label,path and has 'Path','label'; correct"),
+        (
+            "path,label\na.wav,owl,rain\n",
+            "line 2: has 3 cells, and the first line names 2; separate several labels by ;",
+        ),
+        (
+            "path,label,label\na.wav,owl,rain\n",
+            "has several columns label; keep one, with several labels separated by ;",
+        ),
         (
             "path;label\na.wav;x\n",
             "has no column label, path; it needs label,path, separated by commas and not by ';'$",

@@ -181,13 +181,19 @@ def test_a_sound_in_memory_is_answered_as_in_a_file(saved: Saved, tmp_path: Path
     for rate_hz in (RATE_HZ, 11_025):
         (in_file,) = heard(classify_files(saved, [write(tmp_path / "a.wav", sound, rate_hz)]))
         integers = ((sound * 2**15).astype(np.int16), (sound.astype(np.float64) * 2**31).astype(np.int32))
-        for samples in (sound, sound.astype(np.float64), *integers):
+        swapped = [each.astype(each.dtype.newbyteorder(">")) for each in (sound, *integers)]
+        for samples in (sound, sound.astype(np.float64), *integers, *swapped):
             np.testing.assert_array_equal(classify_samples(saved, samples, rate_hz), in_file)
     ensemble = [saved, made(multi_label=False, seed=1)]
     mean = np.mean([classify_samples(each, sound, RATE_HZ) for each in ensemble], axis=0)
     np.testing.assert_allclose(classify_samples(ensemble, sound, RATE_HZ), mean)
     with pytest.raises(DataError, match=r"^samples: "):
         classify_samples(saved, sound[:0], RATE_HZ)
+    for other in (sound[None], sound.astype(np.int64), sound.astype(np.uint8), sound.astype(complex)):
+        with pytest.raises(
+            DataError, match=r"^samples: \w+ of shape \(.*\); give one channel, as floats in -1..1, int16"
+        ):
+            classify_samples(saved, other, RATE_HZ)
 
 
 def test_one_file_that_cannot_be_read_leaves_the_others_answered(saved: Saved, tmp_path: Path) -> None:

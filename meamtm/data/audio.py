@@ -25,6 +25,8 @@ BLOCK_SAMPLES = 1 << 18
 LEAST_HZ = 500
 """A lower rate is a header that lies: seconds of it would become hours."""
 FULL_SCALE = 32_768
+LOUDEST = 16.0
+"""24 dB beyond full scale are no recording: such floats were written as whole numbers are."""
 LARGEST_BYTES = 1 << 31
 """Arrow counts the bytes of a value in 32 bits."""
 REST_OF_MP3 = 0.05
@@ -168,8 +170,13 @@ def _blocks(file: soundfile.SoundFile, rate_hz: int) -> Iterator[Int16[np.ndarra
         )
         while len(frames := file.read(num_frames, dtype="float32", always_2d=True)):
             mono = frames[:, 0] if file.channels == 1 else frames.mean(axis=1, dtype=np.float32)  # (time,)
-            if not np.isfinite(mono).all():
+            if not np.isfinite(loudest := np.abs(mono).max()):
                 raise DataError("holds samples that are not finite numbers")
+            if loudest > LOUDEST:
+                raise DataError(
+                    f"holds samples as large as {loudest:.0f}, where full scale is 1; divide them by the full "
+                    "scale that they were written for, such as 32768"
+                )
             yield to_int16(stream.resample_chunk(mono) if stream else mono)
         if stream:
             yield to_int16(stream.resample_chunk(np.empty(0, np.float32), last=True))

@@ -9,6 +9,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +20,9 @@ from meamtm.data.audio import num_cores, to_flac
 from meamtm.data.folds import assign_folds
 from meamtm.data.packed import CARD, Card, read_card
 from meamtm.data.shards import Shards, Sound
-from meamtm.data.sources import Entry, Source, file_status, find_clips
+from meamtm.data.sources import Entry, Source, find_clips
 from meamtm.errors import DataError
-from meamtm.files import whole_folder
+from meamtm.files import file_status, whole_folder
 
 __all__ = ["Card", "pack", "read_card"]
 
@@ -63,6 +64,8 @@ def pack(
         raise DataError(
             f"{out / REJECTED}: lists {card.num_rejected} unusable files; correct them, or pack without --strict"
         )
+    for warning in card.warnings:
+        logger.warning("%s", warning)
     return card
 
 
@@ -97,7 +100,48 @@ def _already(out: Path, fingerprint: str) -> Card | None:
 
 
 def _write(source: Source, folder: Path, strict: bool, progress: Callable[[int, int], None] | None) -> Card:
-    """Writes every file of a data set."""
+    """Writes every file of a data set.
+
+    A file that cannot be used decides nothing: where folds would be others without it, or no clip would have several
+    labels, all is written once more."""
+    rejected: list[Sound] = []
+    while True:
+        kept, refused, shards, digest = _write_shards(source, folder, strict, progress)
+        rejected += refused
+        _check_enough(kept, rejected)
+        usable = _without(source, refused)
+        if usable.multi_label == source.multi_label and assign_folds(usable.entries) == [each.entry for each in kept]:
+            break
+        for shard in shards:
+            (folder / shard).unlink()
+        source = usable
+    # Folds that were dealt to clips with a split of their own decide nothing.
+    has_split = any(entry.split for entry in source.entries)
+    named = source.entries if has_split else [sound.entry for sound in kept]
+    card = Card(
+        classes=source.classes,
+        multi_label=source.multi_label,
+        num_clips=len(kept),
+        num_rejected=len(rejected),
+        folds=tuple(sorted({entry.fold for entry in named if entry.fold is not None})),
+        rates_hz=tuple(sorted({sound.sample_rate_hz for sound in kept})),
+        total_s=round(sum(sound.num_samples / sound.sample_rate_hz for sound in kept), 3),
+        digest=digest,
+        shards=tuple(shards),
+        source=source.fingerprint,
+        num_groups=len({sound.entry.group for sound in kept}),
+        has_split=has_split,
+        warnings=(*_empty_classes(source, kept), *_copies(kept, "split" if has_split else "fold")),
+    )
+    _write_rejected(folder / REJECTED, rejected)
+    (folder / CARD).write_text(card.to_json(), encoding="utf-8")
+    return card
+
+
+def _write_shards(
+    source: Source, folder: Path, strict: bool, progress: Callable[[int, int], None] | None
+) -> tuple[list[Sound], list[Sound], list[str], str]:
+    """Writes the sounds; gives the facts of those that were kept, those that were not, the shards and their digest."""
     entries = assign_folds(source.entries)
     kept: list[Sound] = []
     rejected: list[Sound] = []
@@ -113,30 +157,16 @@ def _write(source: Source, folder: Path, strict: bool, progress: Callable[[int, 
                 kept.append(sound.without_flac())
             if progress:
                 progress(done, len(entries))
-        _check_enough(source, kept, rejected)
-        digest = shards.finish()
+        return kept, rejected, shards.names, shards.finish()
     finally:
         shards.close()
-    # Folds that were dealt to clips with a split of their own decide nothing.
-    has_split = any(entry.split for entry in source.entries)
-    _warn_of_copies(kept, "split" if has_split else "fold")
-    named = source.entries if has_split else [sound.entry for sound in kept]
-    card = Card(
-        classes=source.classes,
-        multi_label=source.multi_label,
-        num_clips=len(kept),
-        num_rejected=len(rejected),
-        folds=tuple(sorted({entry.fold for entry in named if entry.fold is not None})),
-        rates_hz=tuple(sorted({sound.sample_rate_hz for sound in kept})),
-        total_s=round(sum(sound.num_samples / sound.sample_rate_hz for sound in kept), 3),
-        digest=digest,
-        shards=tuple(shards.names),
-        source=source.fingerprint,
-        num_groups=len({sound.entry.group for sound in kept}),
-    )
-    _write_rejected(folder / REJECTED, rejected)
-    (folder / CARD).write_text(card.to_json(), encoding="utf-8")
-    return card
+
+
+def _without(source: Source, refused: Sequence[Sound]) -> Source:
+    """What a source holds beside some files."""
+    unusable = {sound.entry.clip_id for sound in refused}
+    entries = tuple(entry for entry in source.entries if entry.clip_id not in unusable)
+    return replace(source, entries=entries, multi_label=any(len(entry.labels) > 1 for entry in entries))
 
 
 def _read_sounds(entries: Sequence[Entry]) -> Iterator[Sound]:
@@ -174,11 +204,11 @@ def _read_sound(entry: Entry) -> Sound:
     except DataError as error:
         return Sound(entry, reason=str(error))
     if flac.is_silent:
-        return Sound(entry, reason="silent: every sample is zero")
+        return Sound(entry, reason="silent: every sample is zero, as 16 bits of one channel")
     return Sound(entry, flac.data, flac.sample_rate_hz, flac.num_samples, flac.digest)
 
 
-def _check_enough(source: Source, kept: Sequence[Sound], rejected: Sequence[Sound]) -> None:
+def _check_enough(kept: Sequence[Sound], rejected: Sequence[Sound]) -> None:
     """At least two classes must have a usable clip."""
     counts = Counter(label for sound in kept for label in sound.entry.labels)
     if len(counts) < 2:
@@ -187,13 +217,16 @@ def _check_enough(source: Source, kept: Sequence[Sound], rejected: Sequence[Soun
             f"{len(rejected)} of {len(rejected) + len(kept)} files cannot be used, which leaves {len(counts)} classes "
             f"of at least two{first}; correct the files or their list"
         )
-    if empty := [name for name in source.classes if not counts[name]]:
-        logger.warning(
-            "no usable clip has the class %s; add one or leave the class out, or training refuses", ", ".join(empty)
-        )
 
 
-def _warn_of_copies(kept: Sequence[Sound], part: Literal["fold", "split"]) -> None:
+def _empty_classes(source: Source, kept: Sequence[Sound]) -> Iterator[str]:
+    """Says so where a class has no usable clip."""
+    there = {label for sound in kept for label in sound.entry.labels}
+    if empty := [name for name in source.classes if name not in there]:
+        yield f"no usable clip has the class {', '.join(empty)}; add one or leave the class out, or training refuses"
+
+
+def _copies(kept: Sequence[Sound], part: Literal["fold", "split"]) -> Iterator[str]:
     """Says so where clips of the same samples lie apart, so that a test would hear what trained, or differ in label."""
     first: dict[str, Entry] = {}
     pairs = [(first.setdefault(sound.digest, sound.entry), sound.entry) for sound in kept]
@@ -202,10 +235,10 @@ def _warn_of_copies(kept: Sequence[Sound], part: Literal["fold", "split"]) -> No
         ("label", [pair for pair in pairs if set(pair[0].labels) != set(pair[1].labels)], "correct one label"),
     ):
         if apart:
-            logger.warning(
-                "the same samples come again with another %s: %s as %s (%d such clips); remove one of the two, or %s "
-                "in a list (--manifest)",
-                *(column, apart[0][1].clip_id, apart[0][0].clip_id, len(apart), remedy),
+            first_one, again = apart[0]
+            yield (
+                f"the same samples come again with another {column}: {again.clip_id} as {first_one.clip_id} "
+                f"({len(apart)} such clips); remove one of the two, or {remedy} in a list (--manifest)"
             )
 
 

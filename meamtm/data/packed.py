@@ -39,6 +39,10 @@ class Card:
     source: str
     num_groups: int | None = None
     """Of recordings, animals or the like that clips share; None in a set of an earlier version."""
+    has_split: bool = False
+    """Whether clips say which train, validate and test, so that folds decide nothing."""
+    warnings: tuple[str, ...] = ()
+    """What whoever packed it should know, such as copies that a test would hear again."""
     format: int = FORMAT
 
     def to_json(self) -> str:

@@ -3,25 +3,40 @@
 Three layouts are known: an ESC-50-style CSV beside `audio/`, a manifest CSV that the user names, and a folder with one
 sub-folder per class. Nothing is decoded here."""
 
-import csv
 import hashlib
 import logging
 import os
 import re
-import stat
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from meamtm.data.lists import ESC_COLUMNS, MANIFEST_COLUMNS, fold, header, inside, integer, read_rows
 from meamtm.errors import DataError
+from meamtm.files import file_status
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-OTHER_AUDIO_SUFFIXES = (".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".oga", ".opus", ".webm", ".wma")
+OTHER_AUDIO_SUFFIXES = (
+    ".aac",
+    ".aif",
+    ".aifc",
+    ".aiff",
+    ".amr",
+    ".au",
+    ".caf",
+    ".m4a",
+    ".oga",
+    ".opus",
+    ".rf64",
+    ".snd",
+    ".w64",
+    ".wave",
+    ".webm",
+    ".wma",
+)
 """Of sounds that nobody promises to read: what cannot be decoded is listed with its reason, and not passed over."""
-ESC_COLUMNS = {"filename", "fold", "target", "category"}
-MANIFEST_COLUMNS = {"path", "label"}
 SPLITS = ("train", "valid", "test")
 
 logger = logging.getLogger(__name__)
@@ -82,7 +97,7 @@ def _esc_table(source: Path) -> Path | None:
         path
         for folder in (source, source / "meta")
         for path in sorted(folder.glob("*.csv"))
-        if _header(path) >= ESC_COLUMNS
+        if ESC_COLUMNS.issubset(header(path))
     ]
     if len(found) > 1:
         names = ", ".join(str(path.relative_to(source)) for path in found)
@@ -93,29 +108,33 @@ def _esc_table(source: Path) -> Path | None:
 
 
 def _looks_like_esc(manifest: Path) -> bool:
-    columns = _header(manifest) if manifest.is_file() else set()
-    return columns >= ESC_COLUMNS and not columns >= MANIFEST_COLUMNS
+    columns = header(manifest)
+    return ESC_COLUMNS.issubset(columns) and not MANIFEST_COLUMNS.issubset(columns)
 
 
 def _from_esc(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     names: dict[int, str] = {}
     entries = []
-    for line, row in _read_table(table, ESC_COLUMNS):
-        target, category = _integer(row, "target", table, line), row["category"]
+    for line, row in read_rows(table, ESC_COLUMNS):
+        target, category = integer(row, "target", table, line), _composed(row["category"])
         if names.setdefault(target, category) != category:
             raise DataError(
                 f"{table} line {line}: target={target} is both {names[target]} and {category}; number classes apart"
             )
-        name = Path(row["filename"])
-        clip_id = _clip_id(name)
-        group = row.get("src_file") or _esc_source(name)
-        path = _inside(source / "audio", name, table, line)
-        entries.append(Entry(clip_id, path, (category,), group, _fold(row, table, line)))
+        name = inside(source / "audio", row["filename"], table, line)
+        group = _composed(row.get("src_file", "")) or _esc_source(name)
+        path = source / "audio" / name
+        entries.append(Entry(_clip_id(name), path, (category,), group, fold(row, table, line)))
     classes = tuple(names[target] for target in sorted(names))
     if len(set(classes)) < len(classes):
         twice = Counter(classes).most_common(1)[0][0]
         raise DataError(f"{table}: category={twice} has several targets; give each class one number")
     return tuple(entries), classes
+
+
+def _composed(name: str) -> str:
+    """One spelling for names that look the same: macOS takes accents apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _clip_id(path: Path) -> str:
@@ -131,18 +150,18 @@ def _esc_source(name: Path) -> str:
 
 def _from_manifest(source: Path, table: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     entries = []
-    for line, row in _read_table(table, MANIFEST_COLUMNS):
-        labels = tuple(dict.fromkeys(word.strip() for word in row["label"].split(";") if word.strip()))
+    for line, row in read_rows(table, MANIFEST_COLUMNS):
+        labels = tuple(dict.fromkeys(_composed(word.strip()) for word in row["label"].split(";") if word.strip()))
         if not labels:
             raise DataError(f"{table} line {line}: label is empty; name at least one class")
-        name = Path(row["path"])
-        path = _inside(source, name, table, line)
+        name = inside(source, row["path"], table, line)
         clip_id = _clip_id(name)
-        fold = _fold(row, table, line) if row.get("fold") else None
+        its_fold = fold(row, table, line) if row.get("fold") else None
         split = row.get("split") or None
         if split not in (*SPLITS, None):
             raise DataError(f"{table} line {line}: split={split} is none of {', '.join(SPLITS)}; use one of them")
-        entries.append(Entry(clip_id, path, labels, row.get("group") or clip_id, fold, split))
+        group = _composed(row.get("group", "")) or clip_id
+        entries.append(Entry(clip_id, source / name, labels, group, its_fold, split))
     for column in ("fold", "split"):
         given = sum(getattr(entry, column) is not None for entry in entries)
         if given not in (0, len(entries)):
@@ -163,7 +182,7 @@ def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
             logger.warning("%s: holds no sound, so no class is called %s", folder, folder.name)
         for path in files:
             clip_id = _clip_id(path.relative_to(source))
-            entries.append(Entry(clip_id, path, (folder.name,), clip_id))
+            entries.append(Entry(clip_id, path, (_composed(folder.name),), clip_id))
     suffixes = (*AUDIO_SUFFIXES, *OTHER_AUDIO_SUFFIXES)
     loose = [path for path in source.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith("._")]
     if loose and entries:
@@ -173,6 +192,12 @@ def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
             len(loose),
             min(loose).name,
         )
+    for table in sorted(source.glob("*.csv")):
+        if MANIFEST_COLUMNS.issubset(header(table)):
+            logger.warning(
+                "%s: lists clips and is not read, for each folder here is a class; name it by --manifest to use it",
+                table,
+            )
     if not entries:
         raise DataError(
             f"SOURCE={source}: no sounds found; expected an ESC-50-style CSV beside audio/, "
@@ -183,71 +208,29 @@ def _from_folders(source: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
 
 def find_sounds(folder: Path) -> list[Path]:
     """Files below a folder whose names are those of sounds, in order, without originals beside their conversions."""
-    paths = [path for path in folder.rglob("*") if not path.name.startswith("._")]  # of macOS, beside each sound
+    paths = list(_below(folder))
     found = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
     converted = {path.with_suffix("") for path in found}
     others = [path for path in paths if path.suffix.lower() in OTHER_AUDIO_SUFFIXES]
     return sorted([*found, *(path for path in others if path.with_suffix("") not in converted)])
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """What is in a folder and in those below it, through links too, each folder once; none of a hidden folder, where
+    programs keep old versions, and no shadow that macOS lays beside a sound."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found = os.stat(place)  # noqa: PTH116 - os.walk gives strings
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        yield from (Path(place) / name for name in (*folders, *names) if not name.startswith("._"))
+
+
 def _sorted_labels(entries: Sequence[Entry]) -> tuple[str, ...]:
     return tuple(sorted({label for entry in entries for label in entry.labels}))
-
-
-def _header(table: Path) -> set[str]:
-    """Column names of a CSV, whatever its further lines are encoded in; none when it is not text."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            return set(next(csv.reader(file), []))
-    except csv.Error:
-        return set()
-
-
-def _read_table(table: Path, needed: set[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields the rows of a CSV with their line numbers."""
-    if not table.is_file():
-        raise DataError(
-            f"--manifest={table}: no such file; name a CSV with the columns {','.join(sorted(needed))}, or leave it "
-            "out where each class has a folder"
-        )
-    if missing := needed - (there := _header(table)):
-        other = next((mark for mark in ";\t|" if any(mark in name for name in there)), None)
-        hint = f" and has {','.join(map(ascii, sorted(there)))}; correct its first line"
-        if other is not None:
-            hint = f", separated by commas and not by {other!r}"
-        raise DataError(
-            f"{table}: has no column {', '.join(sorted(missing))}; it needs {','.join(sorted(needed))}{hint}"
-        )
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                if empty := [column for column in sorted(needed) if not row[column]]:
-                    raise DataError(f"{table} line {reader.line_num}: {empty[0]} is empty; fill it in")
-                yield reader.line_num, row
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table}: cannot be read as a CSV in UTF-8 ({error}); save it as one") from error
-
-
-def _integer(row: Mapping[str, str], column: str, table: Path, line: int) -> int:
-    try:
-        return int(row[column])
-    except ValueError as error:
-        raise DataError(f"{table} line {line}: {column}={row[column]} is not a whole number; write one") from error
-
-
-def _fold(row: Mapping[str, str], table: Path, line: int) -> int:
-    fold = _integer(row, "fold", table, line)
-    if not 0 <= fold < 1 << 15:
-        raise DataError(f"{table} line {line}: fold={fold} is not within 0 to 32767; number folds from 1")
-    return fold
-
-
-def _inside(folder: Path, name: Path, table: Path, line: int) -> Path:
-    """A path below a folder; a list must not reach out of it."""
-    if name.is_absolute() or ".." in name.parts:
-        raise DataError(f"{table} line {line}: {name} lies outside {folder}; write paths relative to it")
-    return folder / name
 
 
 def _check_unique(entries: Sequence[Entry], where: Path) -> None:
@@ -280,12 +263,3 @@ def _fingerprint(entries: Sequence[Entry], table: Path | None) -> str:
         found = file_status(entry.path)
         state.update(repr((entry.clip_id, entry.labels, found and (found.st_size, found.st_mtime_ns))).encode())
     return state.hexdigest()[:16]
-
-
-def file_status(path: Path) -> os.stat_result | None:
-    """Looks at a file; None where there is none, whatever its name is, or where there is something else."""
-    try:
-        found = path.stat()
-    except (OSError, ValueError):  # a name too long, or with a zero in it
-        return None
-    return found if stat.S_ISREG(found.st_mode) else None

@@ -33,13 +33,15 @@ class Part:
 
 def find_models(place: Path) -> list[Path]:
     """Names the model of a run or checkpoint folder: that place itself; or the checkpoints of all that a pattern such
-    as runs/mine-* matches.
+    as runs/mine-* matches, each once.
 
-    A match that has no checkpoint, or is not trained to its end, is left out with a warning. Raises CheckpointError
-    where nothing is left, or a checkpoint is damaged.
+    A match that has no checkpoint, or is not trained to its end, is left out with a warning; one that is named by
+    itself is taken with one. Raises CheckpointError where nothing is left, or a checkpoint is damaged.
     """
     place = place.expanduser()  # in quotes no shell has done that
     if place.exists() or not set("*?[") & set(str(place)):
+        if (checkpoint := checkpoint_in(place)) is not None and not is_trained(checkpoint):
+            logger.warning("%s is not trained to its end; the same command as before goes on", place)
         return [place]
     found = []
     for match in sorted(map(Path, glob(str(place)))):  # noqa: PTH207 - anywhere in a path, absolute or not
@@ -49,6 +51,7 @@ def find_models(place: Path) -> list[Path]:
             logger.warning("%s is left out: it is not trained to its end", match)
         else:
             found.append(checkpoint)
+    found = list({checkpoint.resolve(): checkpoint for checkpoint in found}.values())  # a link is no second model
     if not found:
         raise CheckpointError(f"CHECKPOINT={place}: no trained run matches; name others, as runs/NAME-*")
     return found

@@ -60,13 +60,21 @@ def find_audio(paths: Sequence[Path]) -> list[Path]:
 
 
 def classify_samples(
-    models: Saved | Sequence[Saved], samples: Shaped[np.ndarray, " time"], rate_hz: int
+    models: Saved | Sequence[Saved], samples: Shaped[np.ndarray, "..."], rate_hz: int
 ) -> Float32[np.ndarray, " label"]:
     """Gives the probabilities of a sound in memory as `classify_files` gives those of a file: of one channel, at any
-    rate and of any length, floats in -1..1, int16 or int32. Raises DataError where there is nothing to hear."""
+    rate and of any length, floats in -1..1, int16 or int32. Raises DataError where there is nothing to hear, and for
+    other shapes and types."""
+    kinds = {"int16": "PCM_16", "int32": "PCM_32", "float16": "FLOAT", "float32": "FLOAT", "float64": "FLOAT"}
+    if samples.ndim != 1 or samples.dtype.name not in kinds:
+        raise DataError(
+            f"samples: {samples.dtype.name} of shape {samples.shape}; give one channel, as floats in -1..1, int16 or "
+            "int32"
+        )
+    subtype = kinds[samples.dtype.name]
+    samples = samples.astype(np.float32 if subtype == "FLOAT" else samples.dtype.newbyteorder("="))
     content = io.BytesIO()
-    whole = {"int16": "PCM_16", "int32": "PCM_32"}  # of which libsndfile would make floats as large
-    soundfile.write(content, samples, rate_hz, format="WAV", subtype=whole.get(samples.dtype.name, "FLOAT"))
+    soundfile.write(content, samples, int(rate_hz), format="WAV", subtype=subtype)
     ensemble = [models] if isinstance(models, Saved) else models
     heard = _hear(ensemble, Path("samples"), _probabilities, _evenly, content.getvalue())
     answer = _mean([_mean(windows) for windows in heard])

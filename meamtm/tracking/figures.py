@@ -25,9 +25,10 @@ SCORES = ("precision", "recall", "f1", "support")
 
 
 def confusion_figure(
-    matrix: Num[np.ndarray, "label label"], classes: Sequence[str], path: Path
+    matrix: Num[np.ndarray, "label label"], classes: Sequence[str], path: Path, counted: str = "clips"
 ) -> "matplotlib.figure.Figure":
-    """Draws clips by true class (row) and predicted class (column); a row's colours are its shares, so rows compare."""
+    """Draws what is `counted` by true class (row) and predicted class (column); a row's colours are its shares, so rows
+    compare."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
@@ -45,7 +46,7 @@ def confusion_figure(
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     accuracy = matrix.trace() / max(matrix.sum(), 1)
-    axes.set_title(f"{matrix.sum():g} clips, {accuracy:.1%} right", fontsize=11)
+    axes.set_title(f"{matrix.sum():g} {counted}, {accuracy:.1%} right", fontsize=11)
     if num_classes <= MOST_COUNTED:
         _write_counts(axes, matrix, shares)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)

@@ -1,6 +1,7 @@
 """A checkpoint and a data set -> honest numbers. Nothing else ever reads the test fold."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from meamtm.training.context import choose_device
 from meamtm.training.metrics import confusion, scores
 from meamtm.training.prepare import to_float
 
+logger = logging.getLogger(__name__)
 OF_A_PLACE = ("data.path", "data.cache", "data.cache_dir", "scale.device")
 """Keys of what may differ between the machine that trained and the one that tests."""
 
@@ -73,7 +75,7 @@ def evaluate(
     if fold is not None:
         changes |= {"data.test_fold": fold, "data.valid_fold": None}
     config = override(saved.config, changes)
-    card = read_card(config.data.path)
+    card = _card(config.data.path, is_given=data_path is not None)
     _check_data(saved, card, config.data.path, is_given=data_path is not None)
     clips = open_clips(config.data, config.mel.sample_rate_hz)
     is_foreign = card.digest != saved.labels.digest
@@ -108,6 +110,15 @@ def evaluate(
     )
 
 
+def _card(path: str, *, is_given: bool) -> Card:
+    try:
+        return read_card(path)
+    except DataError as error:
+        if is_given:
+            raise
+        raise DataError(f"{error}, or name where the data are by now with --data") from error
+
+
 def _part(clips: Clips, config: RunConfig, *, is_whole: bool) -> str:
     if is_whole:
         return "all clips"
@@ -133,6 +144,12 @@ def _count_heard(saved: Saved, clips: Clips, indices: NDArray[np.int64]) -> int:
     if clips.digest == saved.labels.digest:
         return len(np.intersect1d(indices, _heard_by(saved, clips)))
     if not _is_there(saved):
+        logger.warning(
+            "data.path=%s: what %s was trained on is not there any more, so nobody can tell whether it has heard "
+            "any of these clips; this is a test only if it has not",
+            saved.config.data.path,
+            saved.folder,
+        )
         return 0
     own = open_clips(saved.config.data, saved.config.mel.sample_rate_hz)
     known = _heard_by(saved, own)

@@ -63,6 +63,8 @@ def _build(network: Network, basis: list[nn.Parameter], config: RunConfig) -> Op
         raise ConfigError(
             f"optim.name={name!r}: timm cannot build it ({error}); see timm.optim.list_optimizers()"
         ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ConfigError(f"optim.name={name!r}: takes second derivatives, which training does not; name another")
     if isinstance(optimizer, muon.Muon) and not is_bf16(config, device):
         _multiply_in_float32(optimizer)
     return optimizer

@@ -3,6 +3,7 @@
 They have heard the training clips of their pupil and no others, so what they say of held-out clips was never told them.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def find_teachers(config: RunConfig) -> list[Path]:
     able, problems = _look(config)
     if not able:
         why = f" ({_some(problems)})" if problems else ""
-        folds = " ".join(f"{key}={flatten(config)[key] or 'null'}" for key in ("data.test_fold", "data.valid_fold"))
+        folds = " ".join(f"{key}={json.dumps(flatten(config)[key])}" for key in ("data.test_fold", "data.valid_fold"))
         raise ConfigError(
             f"distill.teacher={place}: no run there can teach this one{why}; train one with {folds} first"
         )
