@@ -84,7 +84,7 @@ def stop(job_id: JobId, address: Address = None) -> None:
     """Stop a job as Ctrl-C would, and wait until it has ended."""
     from jobs import submit as client
 
-    _end(client.stop(_cluster(address), job_id))
+    _end(client.stop(_cluster(address), job_id, _say))
 
 
 @app.command("list")
@@ -117,7 +117,7 @@ def _follow(cluster: "Cluster", job_id: str, address: str) -> None:
     from jobs import submit as client
 
     try:
-        info = client.follow(cluster, job_id, _write)
+        info = client.follow(cluster, job_id, _write, _say)
     except KeyboardInterrupt:
         _say(
             f"\n{job_id} goes on; {same_cluster('logs', job_id, address)} --follow shows it, "
@@ -140,6 +140,8 @@ def _end(info: "JobDetails", log_is_shown: bool = False) -> None:
     """Says where a job stands, and exits with 1 if it failed."""
     from jobs import submit as client
 
+    if info.status.value == "PENDING":
+        _say(client.reason(info))
     if info.status.value == "FAILED":
         reason = client.reason(info)
         # Ray's reason repeats the last lines of the log, if it came to a log.

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from meamtm.config import Folder, Name, Section, build, flatten, parse_changes, read_yaml
+from meamtm.tracking import hide_password
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Anchored by a slash: these are gitignore patterns, and a bare `data` would leave out meamtm/data too.
@@ -91,7 +92,8 @@ class JobConfig(Section):
             raise ValueError(f"seeds={self.seeds}: kind={self.kind} does not use it; leave it out")
         if self.address is not None and not self.address.startswith(("http://", "https://")):
             raise ValueError(
-                f"address={self.address!r} is not an http(s) address; name Ray's dashboard, such as {DEFAULT_ADDRESS}"
+                f"address={hide_password(self.address)!r} is not an http(s) address; name Ray's dashboard, such as "
+                f"{DEFAULT_ADDRESS}"
             )
         return self
 

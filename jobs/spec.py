@@ -28,7 +28,9 @@ from meamtm.tracking import JOB_COMMIT, commit_of, hide_password, resolve_uri
 from tune.plan import load_plan
 
 MLFLOW = "MLFLOW_TRACKING_URI"
-SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|KEY", re.IGNORECASE)
+SECRET = re.compile(r"(?:^|_|(?<=[a-z]))(?:TOKEN|PASSWORD|SECRET|KEY)S?(?:$|_)", re.IGNORECASE)
+COMMON = re.compile(r"true|false|on|off|yes|no|null|none|[\d.]{1,5}", re.IGNORECASE)
+"""No secret, and in any text."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def make_word(key: str, value: str | None) -> str:
 def conceal(text: str, env: Mapping[str, str]) -> str:
     """Replaces passwords in URIs, and the values of variables whose names sound secret, by ***."""
     for name, value in env.items():
-        if value and SECRET.search(name):
+        if value and SECRET.search(name) and not COMMON.fullmatch(value):
             text = text.replace(value, "***")
     return hide_password(text)
 

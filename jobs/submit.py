@@ -5,6 +5,7 @@ Ray's own client waits for ever on a server that accepts a connection and says n
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.spec import Submission, conceal, is_this_machine
 from meamtm.errors import ConfigError, ServiceError
@@ -28,6 +29,8 @@ FIRST_ANSWER_S = 5.0
 # Uploading the working folder, and a dashboard agent that is just starting, take their time.
 ANSWER_S = 120.0
 POLL_S = 0.5
+TELL_S = 5.0
+"""A job that has not begun so long after it could have waits for something that the user should know."""
 AGENT_S = 30.0
 """How long a cluster that answers may take until it takes jobs; Ray's own server waits for ten seconds of it."""
 NO_AGENT = "No available agent"
@@ -114,7 +117,10 @@ def submit(cluster: Cluster, submission: Submission) -> str:
 
 
 def details(cluster: Cluster, job_id: str) -> JobDetails:
-    """Tells what the cluster knows of a job."""
+    """Tells what the cluster knows of a job; raises ConfigError for what is no ID, which Ray would take for another
+    page of its own."""
+    if not job_id or "/" in job_id:
+        raise ConfigError(f"{job_id!r}: is no ID of a job; `python -m jobs list` names them")
     return cluster.get_job_info(job_id)
 
 
@@ -123,9 +129,14 @@ def log(cluster: Cluster, job_id: str) -> str:
     return conceal(cluster.get_job_logs(job_id), _env(details(cluster, job_id)))
 
 
-def follow(cluster: Cluster, job_id: str, write: Callable[[str], None]) -> JobDetails:
-    """Writes a job's log while it grows, until the job has ended; returns its end."""
-    env = _env(details(cluster, job_id))
+def follow(cluster: Cluster, job_id: str, write: Callable[[str], None], tell: Callable[[str], None]) -> JobDetails:
+    """Writes a job's log while it grows, until the job has ended; returns its end. Tells what it waits for at first."""
+    tell_s = time.monotonic() + TELL_S
+    while (info := details(cluster, job_id)).status == JobStatus.PENDING and time.monotonic() < tell_s:
+        time.sleep(POLL_S)
+    if info.status == JobStatus.PENDING:
+        tell(f"{job_id} waits to begin: {reason(info)}")
+    env = _env(info)
     unseen = Once(lambda text: write(conceal(text, env)))
     while True:
         try:
@@ -141,10 +152,15 @@ def follow(cluster: Cluster, job_id: str, write: Callable[[str], None]) -> JobDe
         time.sleep(POLL_S)
 
 
-def stop(cluster: Cluster, job_id: str) -> JobDetails:
+def stop(cluster: Cluster, job_id: str, tell: Callable[[str], None]) -> JobDetails:
     """Stops a job as Ctrl-C would, and waits until it has ended; one that has ended already stays as it is."""
+    details(cluster, job_id)
     cluster.stop_job(job_id)
+    tell_s = time.monotonic() + TELL_S
     while not (info := details(cluster, job_id)).status.is_terminal():
+        if time.monotonic() > tell_s and info.status == JobStatus.PENDING:
+            tell(f"{job_id} waits to begin, and ends when it does, or when Ray gives it up: {reason(info)}")
+            tell_s = math.inf
         time.sleep(POLL_S)
     return info
 
@@ -212,7 +228,7 @@ def _authorization(address: str) -> dict[str, str]:
     """
     if "RAY_AUTH_MODE" in os.environ or not is_this_machine(address):
         return {}
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    path = Path(os.path.expanduser(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")))  # noqa: PTH111 - HOME may lack
     token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
     return {"Authorization": f"Bearer {token}"} if token else {}
 

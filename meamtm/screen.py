@@ -36,6 +36,10 @@ def run_commands(app: typer.Typer, program: str, words: Sequence[str] | None = N
         if (todo := remedy(error)) is None:
             raise
         said = f"{error.filename or 'a file'}: {error.strerror}; {todo}"
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        said = "a path begins with ~, and nobody knows this user's home; set HOME, or write it out (data.cache_dir=...)"
     typer.echo(f"{program.rpartition(' ')[2]}: {said}", err=True)
     sys.exit(2)
 

@@ -283,6 +283,30 @@ def test_a_run_does_not_wait_for_what_its_own_job_holds(
 
 
 @pytest.mark.ray
+def test_runs_that_wait_for_room_can_be_stopped(
+    cluster: None, packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Other:
+        def is_there(self) -> bool:
+            return True
+
+    other = Other.remote()
+    assert ray.get(other.is_there.remote())
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    began_s = time.monotonic()
+    with pytest.raises(Stopped, match="stopped; the same command continues"):
+        run_all(
+            [tiny(packed, cache_dir, tmp_path, {**SHORT, "train.seed": seed}) for seed in (1, 2)],
+            should_stop=lambda: time.monotonic() > began_s + 3,
+        )
+    assert time.monotonic() - began_s < 20
+    ray.kill(other)
+
+
+@pytest.mark.ray
 def test_the_mistake_of_a_run_is_told_as_it_is(cluster: None, packed: Path, cache_dir: Path, tmp_path: Path) -> None:
     steep = {"optim.name": "sgd", "optim.lr": 10, "optim.clip_grad": 0, "optim.schedule": "constant", "optim.warmup": 0}
     patches = {"encoder.stem": "patch", "encoder.patch": [8, 8], "encoder.stride": [8, 8]}

@@ -242,6 +242,14 @@ def test_a_null_variable_is_taken_from_here(project: Path, monkeypatch: pytest.M
         ({"kind": "train", "config": "run.yaml", "cpus": -1}, r"cpus=-1: input should be greater than or equal to 0"),
         ({"kind": "train", "config": "run.yaml", "stop_wait_s": 0}, r"stop_wait_s=0: input should be greater"),
         ({"kind": "train", "config": "run.yaml", "address": "auto"}, r"address='auto' is not an http\(s\) address"),
+        (
+            {"kind": "train", "config": "run.yaml", "address": "ray://me:hunter2@head:10001"},
+            r"address='ray://\*\*\*@head:10001' is not an http",
+        ),
+        (
+            {"kind": "train", "config": "run.yaml", "tracking_uri": "http://me:hunter2@[h"},
+            r"uri=http://\*\*\*@\[h: is no add",
+        ),
         ({"kind": "train", "config": "none.yaml"}, r"none.yaml: no such file"),
         ({"kind": "train", "config": "../run.yaml"}, r"config=../run.yaml lies outside working_dir=."),
         ({"kind": "train", "config": "run.yaml", "changes": ["optim.rl=1"]}, r"optim.rl=1: no such key; did you mean"),
@@ -349,6 +357,9 @@ def test_secrets_are_not_printed() -> None:
     env = {"MLFLOW_TRACKING_TOKEN": "t0ken", "API_KEY": "k", "EMPTY_PASSWORD": "", "LANG": "C"}
     said = conceal("C: t0ken at http://me:hunter2@host/ by k", env)
     assert said == "C: *** at http://***@host/ by ***"
+    common = {"TOKENIZERS_PARALLELISM": "false", "OMP_KEY_X": "1", "KEYBOARD": "loss", "WANDB_API_KEYS": "true"}
+    line = "epoch 1  train/loss 0.1; mixing=false, true"
+    assert conceal(line, common) == line
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
@@ -653,6 +664,36 @@ def test_a_log_comes_through_a_proxy_without_websockets(head: Head) -> None:
     server.shutdown()
     assert done.stdout.startswith(head.jobs("logs", job_id).stdout)
     assert job_id in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("job_id", ["", "../version"])
+def test_what_is_no_id_of_a_job_is_told(head: Head, job_id: str) -> None:
+    for words in (["status"], ["logs", "--follow"], ["stop"]):
+        done = head.jobs(*words, job_id)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"jobs: {job_id!r}: is no ID of a job; `python -m jobs list` names them\n"
+
+
+@pytest.mark.ray
+def test_a_job_that_finds_no_room_says_what_it_waits_for(head: Head, sounds: Path) -> None:
+    words = [
+        "submit",
+        "configs/jobs/pack.yaml",
+        f"source={sounds}",
+        f"out={head.folder}/never",
+        "cpus=64",
+        "name=large",
+    ]
+    job_id = head.jobs(*words, "--no-wait").stdout.strip()
+    status = head.jobs("status", job_id)
+    assert (status.returncode, status.stdout) == (0, f"{job_id} PENDING\n")
+    assert "waiting for" in status.stderr
+    command = [sys.executable, "-m", "jobs", "logs", job_id, "--follow"]
+    with subprocess.Popen(command, cwd=ROOT, env=head.env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith(f"{job_id} waits to begin: ")
+        process.kill()
 
 
 @pytest.mark.ray

@@ -31,6 +31,21 @@ def uri(migrated: Path, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
+def test_a_store_whose_first_process_is_killed_is_made_by_the_next(tmp_path: Path) -> None:
+    """MLflow takes seconds to fill a new one, and opens none that is half full."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    script = "import sys; from meamtm.tracking.server import connect; connect(sys.argv[1])"
+    process = subprocess.Popen([sys.executable, "-c", script, uri])
+    while not any(path.stat().st_size for path in tmp_path.glob("*mlflow.db*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert [experiment.name for experiment in connect(uri).search_experiments()] == ["Default"]
+
+
 def test_run_is_read_back_as_it_was_logged(uri: str, tmp_path: Path) -> None:
     with MLflowSink(uri, "study of owls", "run-1", parent_run_id="parent") as sink:
         sink.start(

@@ -341,5 +341,11 @@ def test_a_run_names_the_commit_and_whether_files_differ_from_it(
     assert re.fullmatch(r"[0-9a-f]{40}", clean)
     (tmp_path / "code.py").write_text("2")
     assert commit_of(tmp_path) == f"{clean}-dirty"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "hook"))  # of whoever calls git
+    assert commit_of(tmp_path) == f"{clean}-dirty"
+    monkeypatch.setattr("meamtm.tracking.commit.__file__", str(tmp_path / "code.py"))
+    assert commit_of_this_code() == f"{clean}-dirty"
+    monkeypatch.setattr("meamtm.tracking.commit.__file__", str(tmp_path / "installed.py"))
+    assert commit_of_this_code() == "unknown", "an environment may lie in somebody's checkout"
     monkeypatch.setenv(JOB_COMMIT, clean)
     assert commit_of_this_code() == clean

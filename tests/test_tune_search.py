@@ -121,6 +121,7 @@ def test_start_points_come_first_and_once(tmp_path):
         tmp_path, "start=[{optim.lr: 1e-3, encoder.heads: 2}, {optim.schedule: step, optim.step_gamma: 0.5}]"
     )
     first = TruthfulSearch(plan).suggest("a")["run"]
+    assert first["tracking.uri"] is None, "Tune writes down what it passes on, and an address may hold a password"
     assert (first["optim.lr"], first["encoder.heads"]) == (1e-3, 2)
     second = TruthfulSearch(plan).suggest("b")["run"]
     assert (second["optim.schedule"], second["optim.step_gamma"]) == ("step", 0.5)

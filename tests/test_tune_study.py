@@ -501,6 +501,20 @@ def test_a_study_that_is_told_to_stop_ends_its_runs_and_can_go_on(study):
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_ray_starts_is_heard(study, number):
+    """There Python swallows an exception, and Ray has a handler of its own."""
+    with command(study, "train.epochs=500", "asha.enabled=false", "tracking.mlflow=false") as driver:
+        wait_for(driver, "to go")
+        time.sleep(0.7)
+        driver.send_signal(number)
+        rest, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 1
+    assert rest.strip().splitlines()[-1] == "tune: stopped; the same command continues"
+    assert "Traceback" not in rest
+
+
+@pytest.mark.ray
 def test_a_signal_while_the_studys_file_is_written_leaves_it_free(study, cluster):
     plan = load_plan(study, ["train.epochs=500", "asha.enabled=false", "tracking.mlflow=false"])
     written: list[str] = []
@@ -559,6 +573,16 @@ def test_a_first_signal_asks_a_run_to_stop(number):
         assert signal.getsignal(number) == inner
 
 
+def test_what_an_inner_block_heard_does_not_interrupt_the_end_of_the_outer_one():
+    with interruptible():
+        with stop_asked() as should_stop:
+            signal.raise_signal(signal.SIGINT)
+            assert should_stop()
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_a_signal_long_after_the_first_does_not_wait_for_the_run(monkeypatch):
     monkeypatch.setattr("tune.interrupt.DEAF_S", 0.0)
     with stop_asked() as should_stop:
@@ -578,6 +602,10 @@ def test_a_signal_long_after_the_first_does_not_wait_for_the_run(monkeypatch):
         (["space.optim.lrr=null"], "space.optim.lrr=null: it is not searched; did you mean space.optim.lr?"),
         (["space.train.seed={int: [1, 3]}"], "space.train.seed: trials that differ in it cannot be compared"),
         (["space={encoder.heads: {int: [1, 2]}}", "encoder.heads=2"], "encoder.heads=2: .* is searched here; to fix"),
+        (
+            ["scale.address=ray://127.0.0.1:9"],
+            "scale.address=ray://...: a study runs on the cluster itself, not through a ",
+        ),
         (["trails=3"], "trails=3: no such key of a study or a run; did you mean trials?"),
     ],
 )

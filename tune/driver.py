@@ -15,7 +15,16 @@ import ray.tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from meamtm.config import ScaleConfig
-from meamtm.distributed import check_resources, connect, connected_for_now, needs, room_for, room_with_memory
+from meamtm.distributed import (
+    check_resources,
+    connect,
+    connected_for_now,
+    named_address,
+    needs,
+    room_for,
+    room_with_memory,
+)
+from meamtm.errors import ConfigError
 from meamtm.tracking import MLflowSink
 from meamtm.training.memory import LIBRARIES_BYTES, needed_bytes
 from meamtm.training.run import absolute
@@ -50,19 +59,19 @@ def run_trials(
     """Runs so many trials; raises what ended the search early, with every trial back in line."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    with _log_of_ray(plan.folder / "ray.log"), _cluster(plan.base.scale):
+    with _log_of_ray(plan.folder / "ray.log"), between_steps() as heed_signal, _cluster(plan.base.scale):
+        heed_signal()
         search = TruthfulSearch(plan, count_at_once(plan))
-        with between_steps() as heed_signal:
-            recorder = Recorder(plan, search, parent, tags, tell=tell, heed_signal=heed_signal)
-            try:
-                _make_tuner(plan, search, recorder, num_trials).fit()
-                search.check_failures()
-                if search.exhausted is not None:
-                    tell(f"{plan.name}: {search.exhausted}, so the search ends; widen the space")
-                settle(search.study)
-            finally:
-                requeue(search.study)
-                recorder.close("KILLED")
+        recorder = Recorder(plan, search, parent, tags, tell=tell, heed_signal=heed_signal)
+        try:
+            _make_tuner(plan, search, recorder, num_trials).fit()
+            search.check_failures()
+            if search.exhausted is not None:
+                tell(f"{plan.name}: {search.exhausted}, so the search ends; widen the space")
+            settle(search.study)
+        finally:
+            requeue(search.study)
+            recorder.close("KILLED")
 
 
 def _make_tuner(plan: Plan, search: TruthfulSearch, recorder: Recorder, num_trials: int) -> ray.tune.Tuner:
@@ -136,6 +145,11 @@ def count_at_once(plan: Plan) -> int:
 
 @contextmanager
 def _cluster(scale: ScaleConfig) -> Iterator[None]:
+    if (named_address(scale.address) or "").startswith("ray://"):
+        raise ConfigError(
+            "scale.address=ray://...: a study runs on the cluster itself, not through a client; name HOST:6379, or "
+            "submit the study as a job (`python -m jobs submit`)"
+        )
     with connected_for_now():
         connect(scale.address, dashboard=scale.most_workers > 0)  # which frees the resources of stopped Ray Train runs
         yield

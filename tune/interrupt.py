@@ -11,6 +11,8 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DEAF_S = 10.0
 """So long after a signal, others are not heard: ending every run takes less."""
+_blocks: list[list[float]] = []
+"""When each block that hears signals, from the outermost on, heard the last one."""
 
 
 @contextmanager
@@ -55,22 +57,26 @@ def between_steps() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _armed(asked: threading.Event | None = None) -> Iterator[None]:
-    """Hears both signals while the block runs; the first one sets the event, if there is one."""
-    last_s = -DEAF_S
+    """Hears both signals while the block runs; the first one sets the event, if there is one.
+
+    A block within another shares what was heard last: what the inner one heard interrupts the outer one's end no more.
+    """
+    heard_s = _blocks[-1] if _blocks else [-DEAF_S]
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        nonlocal last_s
         now_s = time.monotonic()
-        if now_s - last_s < DEAF_S:
+        if now_s - heard_s[0] < DEAF_S:
             return
-        last_s = now_s
+        heard_s[0] = now_s
         if asked is None or asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
     before = [signal.signal(number, interrupt) for number in SIGNALS]
+    _blocks.append(heard_s)
     try:
         yield
     finally:
+        _blocks.pop()
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)

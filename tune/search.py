@@ -15,7 +15,7 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from meamtm.config import RunConfig, Value, flatten, run_folder, signature
+from meamtm.config import RunConfig, Value, flatten, override, run_folder, signature
 from meamtm.data.packed import count_labels
 from meamtm.errors import ConfigError
 from meamtm.tracking import read_rows
@@ -96,6 +96,8 @@ class TruthfulSearch(OptunaSearch):
             reason = self._reject(trial, point)
             if reason is None:
                 run = absolute(self.plan.trial(trial.number, point, seed_of(trial)))
+                # The driver alone talks to MLflow, and Tune keeps files of what it passes on: no password goes there.
+                run = override(run, {"tracking.uri": None})
                 trial.set_user_attr("ray_trial_id", trial_id)
                 trial.set_user_attr("signature", signature(run))
                 self._ot_trials[trial_id] = trial

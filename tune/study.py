@@ -30,7 +30,7 @@ from tune.history import (
     trained,
     value_of,
 )
-from tune.interrupt import interruptible, stop_asked
+from tune.interrupt import between_steps, interruptible, stop_asked
 from tune.plan import Plan
 from tune.result import Result, read_result, write_result
 from tune.runs import is_recorded, send_trials
@@ -97,12 +97,10 @@ def search_and_finalists(
     asked = [plan.config.trials, budget_s]
     while (missing := plan.config.trials - len(trained(study))) > 0 and study.user_attrs.get("searched") != asked:
         tell(f"{plan.name}: {missing} of {plan.config.trials} trials to go")
-        from tune.driver import run_trials
-
         before = len(refused(study))
         left_s = None if budget_s is None else max(1.0, budget_s - (time.monotonic() - began_s))
         num_trials = missing + len(waiting_repeats(study))  # which an earlier command left
-        run_trials(_within(plan, left_s), parent, tags, tell, num_trials)
+        _driver()(_within(plan, left_s), parent, tags, tell, num_trials)
         num_refused = len(refused(study)) - before
         if plan.config.trials - len(trained(study)) > num_refused:
             # The time is up, or nothing new is left to try. The same command does not search again, if there is a best.
@@ -115,14 +113,20 @@ def search_and_finalists(
     enqueue_finalists(study, plan)
     if (num_repeats := len(waiting_repeats(study))) > 0:
         tell(f"{plan.name}: the best trials train again with other seeds, {num_repeats} runs")
-        from tune.driver import run_trials
-
-        run_trials(_within(plan, None), parent, tags, tell, num_repeats)
+        _driver()(_within(plan, None), parent, tags, tell, num_repeats)
         if missing_ones := missing_repeats(study, plan):
             tell(
                 f"{plan.name}: {len(missing_ones)} of these runs failed, and the choice is made without them; to train "
                 f"them again, remove {plan.folder / 'result.json'} and give the same command"
             )
+
+
+def _driver() -> "Callable[[Plan, MLflowSink | None, Mapping[str, str], Tell, int], None]":
+    """Loads Ray, and with it what runs trials. Some of these libraries swallow whatever their imports raise, so a
+    signal is heeded afterwards."""
+    with between_steps():
+        from tune.driver import run_trials
+    return run_trials
 
 
 def _within(plan: Plan, budget_s: float | None) -> Plan:

@@ -12,6 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from meamtm.config import JOB_HOLDS, ScaleConfig
 from meamtm.errors import ConfigError, ServiceError
+from meamtm.tracking import hide_password
 
 CONNECT_S = 10.0
 REMEDY = (
@@ -48,14 +49,17 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
         _offer_token(address)
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with _deaf_to_sigterm():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
-            with _on_loopback():
+            with _on_loopback(), _deaf_to_sigterm():
                 # Without "local" Ray would join what somebody has started here, and lose it when they stop it.
                 ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as error:
-        raise ServiceError(f"scale.address={address or 'null'}: no token found here; {REMEDY}") from error
+        raise ServiceError(
+            f"scale.address={hide_password(address or 'null')}: no token found here; {REMEDY}"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         if address is None:
             raise ServiceError(
@@ -63,8 +67,8 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
                 f"and a single run with scale.workers=0 needs no Ray"
             ) from error
         raise ServiceError(
-            f"scale.address={address}: Ray does not answer ({_first_line(error)}); {REMEDY}; start a cluster with "
-            f"`ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
+            f"scale.address={hide_password(address)}: Ray does not answer ({_first_line(error)}); {REMEDY}; start a "
+            f"cluster with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
         ) from error
     for number, handler in handlers.items():  # Ray has put its own in the place of ours
         if callable(handler) and current_thread() is main_thread():
@@ -99,6 +103,18 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Has Ray leave SIGTERM to whoever hears it while it starts; its own handler ends the process without a word."""
+    from ray._private import utils
+
+    before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 @contextmanager
@@ -223,8 +239,8 @@ def check_answers(address: str) -> None:
     """Knocks at HOST:PORT or ray://HOST:PORT."""
     if address.startswith(("http://", "https://")):
         raise ConfigError(
-            f"scale.address={address} is a dashboard's, which takes jobs; name the cluster itself, HOST:6379, or "
-            f"submit a job (`python -m jobs submit`)"
+            f"scale.address={hide_password(address)} is a dashboard's, which takes jobs; name the cluster itself, "
+            f"HOST:6379, or submit a job (`python -m jobs submit`)"
         )
     try:
         parts = _parts(address)
@@ -232,8 +248,8 @@ def check_answers(address: str) -> None:
             return
     except (OSError, ValueError) as error:
         raise ServiceError(
-            f"scale.address={address}: no Ray cluster answers there ({error}); check host and port, start one with "
-            f"`ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
+            f"scale.address={hide_password(address)}: no Ray cluster answers there ({error}); check host and port, "
+            f"start one with `ray start --head`, or leave scale.address and RAY_ADDRESS unset for one on this machine"
         ) from error
 
 

@@ -14,6 +14,7 @@ from meamtm.distributed.workers import run
 from meamtm.errors import MeamtmError
 from meamtm.tracking import Listener, Metrics, read_rows
 from meamtm.training.context import Stopped
+from meamtm.training.lock import HOLDER
 from meamtm.training.memory import LIBRARIES_BYTES, peak_training_bytes
 from meamtm.training.notes import POLL_S, is_told_to_stop, stop_sign
 from meamtm.training.run import Outcome, absolute, recall, run_here
@@ -79,6 +80,9 @@ def _run_side_by_side(
                 for sign in signs:
                     sign.parent.mkdir(parents=True, exist_ok=True)  # of a run that waits for room, and need not begin
                     sign.touch()
+                for reference, number in waiting.items():
+                    if not (run_folder(todo[number]) / HOLDER).exists():  # it waits for room, and hears nobody
+                        ray.cancel(reference)
             ready, _ = ray.wait(list(waiting), timeout=POLL_S)
             for reference in ready:
                 number = waiting.pop(reference)

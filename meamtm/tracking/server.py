@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from meamtm.config import TrackingConfig
 from meamtm.errors import ConfigError, ServiceError
+from meamtm.files import whole_file
 from meamtm.tracking.sink import Status
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ def resolve_uri(tracking: TrackingConfig) -> str:
     SQLite paths become absolute, since Ray workers run in folders of their own. Raises ConfigError for stores that
     MLflow no longer writes to, that forget, or whose path no URI can hold."""
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    scheme = urlsplit(uri).scheme
+    try:
+        scheme = urlsplit(uri).scheme
+    except ValueError as error:
+        raise ConfigError(f"tracking.uri={hide_password(uri)}: is no address ({error}); correct it") from error
     if scheme in ("", "file") and uri != "databricks":
         remedy = "name a database, sqlite:///mlflow.db, or a server, http://HOST:5000"
         raise ConfigError(
@@ -258,12 +262,17 @@ def _check_http(uri: str) -> None:
 
 
 def _prepare_sqlite(uri: str) -> None:
-    """Creates and migrates the database unless it exists; one process does it, the others wait."""
+    """Creates and migrates the database unless it exists; one process does it, the others wait.
+
+    A new one appears whole: MLflow takes seconds to fill it, and opens none that an interrupt has left half full."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     path = _sqlite_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=120):
+        if not path.exists() or path.stat().st_size == 0:
+            with whole_file(path) as scratch:
+                SqlAlchemyStore(f"sqlite:///{scratch}", str(artifact_folder(uri))).engine.dispose()
         connection = sqlite3.connect(path)  # MLflow would try for 100 s to open what cannot be opened
         try:
             connection.execute("SELECT count(*) FROM sqlite_master")
