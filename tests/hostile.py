@@ -92,7 +92,11 @@ def contents() -> dict[str, tuple[bytes, str | None]]:
             "not finite",
         ),
         "1e300.wav": (encoded(np.full(99, 1e300), subtype="DOUBLE"), "not finite"),
-        "far beyond full scale.wav": (encoded(np.full(99, 1e6, np.float32), subtype="FLOAT"), PACKED),
+        "beyond full scale.wav": (encoded(np.full(99, 15, np.float32), subtype="FLOAT"), PACKED),
+        "far beyond full scale.wav": (
+            encoded(np.full(99, 1e6, np.float32), subtype="FLOAT"),
+            "holds samples as large as 1000000, where full scale is 1; divide",
+        ),
         "silent.wav": (encoded(np.zeros(99, np.float32)), "silent: every sample is zero, as 16 bits of one channel"),
         "one sample.wav": (encoded(np.ones(1, np.float32)), PACKED),
         "two samples.flac": (encoded(np.ones(2, np.float32), kind="FLAC"), PACKED),
