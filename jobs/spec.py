@@ -28,7 +28,7 @@ from meamtm.tracking import JOB_COMMIT, commit_of, hide_password, resolve_uri
 from tune.plan import load_plan
 
 MLFLOW = "MLFLOW_TRACKING_URI"
-SECRET = re.compile(r"(?:^|_|(?<=[a-z]))(?:TOKEN|PASSWORD|SECRET|KEY)S?(?:$|_)", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN(?!IZER)|PASSWORD|SECRET|KEY(?!BOARD)", re.IGNORECASE)
 COMMON = re.compile(r"true|false|on|off|yes|no|null|none|[\d.]{1,5}", re.IGNORECASE)
 """No secret, and in any text."""
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 import pytest
 from command import meamtm_command
@@ -38,6 +39,9 @@ from meamtm.training.memory import peak_training_bytes
 from meamtm.training.notes import is_told_to_stop
 from meamtm.training.predictions import read_predictions
 from meamtm.training.run import absolute, run_here
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 SHORT = {"train.epochs": 2, "train.checkpoint_s": 60}
 
@@ -259,6 +263,20 @@ def test_one_run_alone_trains_on_the_cluster_that_is_named(  # noqa: PLR0917
     assert (holders != {os.getpid()}) == is_named
 
 
+def hold(num_cpus: int) -> "ActorHandle":
+    """Takes CPUs of the cluster until it is killed."""
+    import ray
+
+    @ray.remote(num_cpus=num_cpus)
+    class Holder:
+        def is_there(self) -> bool:
+            return True
+
+    holder = Holder.remote()
+    assert ray.get(holder.is_there.remote())
+    return holder
+
+
 @pytest.mark.ray
 def test_a_run_does_not_wait_for_what_its_own_job_holds(
     cluster: None, packed: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -266,13 +284,7 @@ def test_a_run_does_not_wait_for_what_its_own_job_holds(
     """An entry point that reserves a CPU keeps it until its last run has ended."""
     import ray
 
-    @ray.remote(num_cpus=1)
-    class EntryPoint:
-        def is_there(self) -> bool:
-            return True
-
-    entry_point = EntryPoint.remote()
-    assert ray.get(entry_point.is_there.remote())
+    entry_point = hold(num_cpus=1)
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     monkeypatch.setenv("MEAMTM_JOB_CPUS", "1")
     (outcome,) = run_all([tiny(packed, cache_dir, tmp_path, SHORT)])
@@ -288,13 +300,7 @@ def test_runs_that_wait_for_room_can_be_stopped(
 ) -> None:
     import ray
 
-    @ray.remote(num_cpus=2)
-    class Other:
-        def is_there(self) -> bool:
-            return True
-
-    other = Other.remote()
-    assert ray.get(other.is_there.remote())
+    other = hold(num_cpus=2)
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     began_s = time.monotonic()
     with pytest.raises(Stopped, match="stopped; the same command continues"):

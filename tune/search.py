@@ -15,7 +15,7 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from meamtm.config import RunConfig, Value, flatten, override, run_folder, signature
+from meamtm.config import RunConfig, Value, flatten, run_folder, signature
 from meamtm.data.packed import count_labels
 from meamtm.errors import ConfigError
 from meamtm.tracking import read_rows
@@ -96,8 +96,6 @@ class TruthfulSearch(OptunaSearch):
             reason = self._reject(trial, point)
             if reason is None:
                 run = absolute(self.plan.trial(trial.number, point, seed_of(trial)))
-                # The driver alone talks to MLflow, and Tune keeps files of what it passes on: no password goes there.
-                run = override(run, {"tracking.uri": None})
                 trial.set_user_attr("ray_trial_id", trial_id)
                 trial.set_user_attr("signature", signature(run))
                 self._ot_trials[trial_id] = trial
@@ -108,8 +106,8 @@ class TruthfulSearch(OptunaSearch):
                     "metric": self.plan.config.metric,
                     "is_repeat": repeat_of(trial) is not None,
                     "at_once": self.at_once,
-                    "run": flatten(run),
-                    "runs": [flatten(one) for one in runs],
+                    "run": _without_address(run),
+                    "runs": [_without_address(one) for one in runs],
                 }
         if num_repeated:
             over = "" if reason is None else f", and the others build no run within the limits (the last: {reason})"
@@ -254,6 +252,11 @@ class TruthfulSearch(OptunaSearch):
         if value is not None and epoch is not None and math.isfinite(value):
             # Written past Trial.report, which warns when a resumed trial measures an epoch again.
             self.study._storage.set_trial_intermediate_value(trial._trial_id, int(epoch), float(value))
+
+
+def _without_address(run: RunConfig) -> dict[str, Value]:
+    """What Tune passes on, and keeps in files: the driver alone talks to MLflow, whose address may hold a password."""
+    return flatten(run) | {"tracking.uri": None}
 
 
 def make_sampler(plan: Plan, number: int, num_others: int = 0) -> TPESampler:

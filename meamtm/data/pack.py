@@ -105,18 +105,21 @@ def _write(source: Source, folder: Path, strict: bool, progress: Callable[[int, 
     A file that cannot be used decides nothing: where folds would be others without it, or no clip would have several
     labels, all is written once more."""
     rejected: list[Sound] = []
+    # Folds that were dealt to clips with a split of their own decide nothing.
+    has_split = any(entry.split for entry in source.entries)
     while True:
         kept, refused, shards, digest = _write_shards(source, folder, strict, progress)
         rejected += refused
         _check_enough(kept, rejected)
+        if not refused:
+            break
         usable = _without(source, refused)
-        if usable.multi_label == source.multi_label and assign_folds(usable.entries) == [each.entry for each in kept]:
+        deals_the_same = has_split or assign_folds(usable.entries) == [sound.entry for sound in kept]
+        if deals_the_same and usable.multi_label == source.multi_label:
             break
         for shard in shards:
             (folder / shard).unlink()
         source = usable
-    # Folds that were dealt to clips with a split of their own decide nothing.
-    has_split = any(entry.split for entry in source.entries)
     named = source.entries if has_split else [sound.entry for sound in kept]
     card = Card(
         classes=source.classes,
