@@ -124,6 +124,35 @@ def test_a_dashboards_address_is_no_clusters() -> None:
         check_answers("http://127.0.0.1:8265")
 
 
+STARTS = """
+import os, signal, threading
+from ray._private import worker
+from meamtm.distributed import connect, disconnect
+heard = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: heard.append(number))
+stop = threading.Event()
+def send():
+    while not stop.wait(0.05) and worker._global_node is None:  # until its processes are there
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+sender = threading.Thread(target=send)
+sender.start()
+connect(None)
+stop.set()
+sender.join()
+print(sorted(set(heard)), len(heard) > 20)
+disconnect()
+"""
+
+
+def test_signals_are_heard_while_ray_starts() -> None:
+    """Ray's own handler of SIGTERM would end the process without a word."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", STARTS], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[2, 15] True\n"), done.stderr
+
+
 OUR_CLUSTER = """
 import os, signal
 import psutil, ray
