@@ -54,7 +54,7 @@ import ctypes, gc, json, sys, threading, time
 import torch
 from meamtm.config import from_flat
 from meamtm.model.transformer import AudioTransformer
-from meamtm.training.heap import set_up_heap, settle_objects
+from meamtm.training.heap import set_up_heap, settled_objects
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.step import make_learner, train_step
 
@@ -100,8 +100,8 @@ set_up_heap(sparing=False)
 kinds = json.loads(sys.argv[1])
 peaks = {kind: peak(from_flat(flat)) for kind, flat in kinds.items()}
 held = anonymous()
-settle_objects()
-print(json.dumps({"peaks": peaks, "held": held, "settled": anonymous(), "allocated": allocated()}))
+with settled_objects():
+    print(json.dumps({"peaks": peaks, "held": held, "settled": anonymous(), "allocated": allocated()}))
 """
 
 
@@ -127,6 +127,33 @@ def test_the_peak_is_foretold_within_a_tenth(measured: dict[str, Any]) -> None:
 def test_a_process_that_has_trained_gives_its_memory_back(measured: dict[str, Any]) -> None:
     assert measured["held"] > measured["allocated"] + 0.5 * max(measured["peaks"].values())
     assert measured["settled"] < measured["held"] - 0.5 * max(measured["peaks"].values())
+
+
+def test_the_collector_leaves_alone_what_was_there_before_training() -> None:
+    """While it lasts, or for good where a process does nothing else; what training leaves is collected either way."""
+    script = """
+import gc, weakref
+from meamtm.training.heap import settle_for_good, settled_objects
+
+class Model:
+    def __init__(self):
+        self.itself = self
+
+def train():
+    with settled_objects():
+        return weakref.ref(Model()), gc.get_freeze_count()
+
+left, while_training = train()
+gc.collect()
+print(while_training > 1_000, gc.get_freeze_count(), left())
+settle_for_good()
+left, while_training = train()
+settle_for_good()
+train()
+print(while_training > 1_000, gc.get_freeze_count() > 1_000, left())
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == ["True 0 None", "True True None"]
 
 
 @pytest.mark.parametrize("kind", ["small, in parts", "guessing", "small ast, sharpness-aware"])

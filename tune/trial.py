@@ -20,6 +20,7 @@ from meamtm.tracking import JsonLines
 from meamtm.training.checkpoint import newest, read_record
 from meamtm.training.context import LocalContext, choose_device
 from meamtm.training.evaluate import evaluate
+from meamtm.training.heap import settle_for_good
 from meamtm.training.lock import held
 from meamtm.training.memory import check_memory
 from meamtm.training.notes import following
@@ -100,6 +101,7 @@ def _failure(error: MeamtmError, runs: Sequence[RunConfig], *, is_repeat: bool) 
 
 
 def _train_here(run: RunConfig, folds: Folds, at_once: int) -> dict[str, float]:
+    settle_for_good()
     torch.set_num_threads(run.scale.worker_threads)
     folder, device = run_folder(run), choose_device(run.scale)
     check_memory(run, device, min(at_once, most_here(needs(run.scale))) if at_once > 1 else 1)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -42,15 +43,26 @@ def count_state(config: RunConfig, num_labels: int = 10) -> int:
     for group in optimizer.param_groups:
         if "ns_steps" in group:  # Muon's products keep nothing, and are a third of what memory's estimate takes
             group["ns_steps"] = 0
-    weights = [*encoder.parameters(), *basis]
-    for weight in weights:
+    num_alike = _keep_one_of_a_shape(optimizer)
+    for weight in num_alike:
         weight.grad = torch.empty_like(weight)
     try:
         optimizer.step()
     except RuntimeError:
-        return 2 * sum(weight.numel() for weight in weights)
-    state = (value for kept in optimizer.state.values() for value in kept.values())
-    return sum(value.numel() for value in state if isinstance(value, Tensor))
+        return 2 * sum(weight.numel() for weight in (*encoder.parameters(), *basis))
+    kept = ((weight, value) for weight, state in optimizer.state.items() for value in state.values())
+    return sum(num_alike[weight] * value.numel() for weight, value in kept if isinstance(value, Tensor))
+
+
+def _keep_one_of_a_shape(optimizer: Optimizer) -> dict[Tensor, int]:
+    """Leaves of weights that are alike one, and says how many there were: blocks repeat themselves."""
+    num_alike = {}
+    for group in optimizer.param_groups:
+        first = {weight.shape: weight for weight in reversed(group["params"])}
+        shapes = Counter(weight.shape for weight in group["params"])
+        group["params"] = list(first.values())
+        num_alike |= {weight: shapes[shape] for shape, weight in first.items()}
+    return num_alike
 
 
 def _build(network: Network, basis: list[nn.Parameter], config: RunConfig) -> Optimizer:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meamtm.config import OptimConfig, RunConfig, signature
+from meamtm.config import DataConfig, MelConfig, OptimConfig, RunConfig, signature
 from meamtm.data.cache import open_clips
 from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
@@ -23,7 +23,7 @@ from meamtm.training.checkpoint import Labels, check_origin, load_state, load_we
 from meamtm.training.context import Context, Stopped
 from meamtm.training.deterministic import deterministic
 from meamtm.training.evaluate import classify
-from meamtm.training.heap import set_up_heap, settle_objects
+from meamtm.training.heap import set_up_heap, settled_objects
 from meamtm.training.metrics import scores
 from meamtm.training.prepare import to_float, training_batches, training_loader
 from meamtm.training.recalibrate import recalibrate
@@ -35,6 +35,8 @@ MAX_WINDOWS = 8
 """Windows into which a validation cuts a long clip, at most; a test hears all of it."""
 NUM_MEASURED = 512
 """Training clips whose spectrograms give mean and deviation; more change neither visibly."""
+_MEASURED: dict[tuple[DataConfig, MelConfig, str], tuple[float, float]] = {}
+"""What this process has measured: a study's trials mostly hear the same."""
 
 
 def train(config: RunConfig, context: Context) -> dict[str, float]:
@@ -42,7 +44,7 @@ def train(config: RunConfig, context: Context) -> dict[str, float]:
 
     A finished run returns at once. Raises Stopped, after saving, when the context asks to stop.
     """
-    with deterministic(config.train.deterministic):
+    with deterministic(config.train.deterministic), settled_objects():
         return _train(config, context)
 
 
@@ -55,7 +57,6 @@ def _train(config: RunConfig, context: Context) -> dict[str, float]:
     learner = _start(config, context, clips, split, loader.num_batches)
     metrics = _resume(learner, context, labels)
     last_save_s = time.monotonic()
-    settle_objects()
     while learner.epoch < config.num_epochs:
         began_s = time.monotonic()
         cursor = {"epoch": learner.epoch, "start": learner.batch, "rank": context.rank}
@@ -110,7 +111,10 @@ def _start(config: RunConfig, context: Context, clips: Clips, split: Split, step
     found = context.resume_from()
     epoch = 0 if found is None else read_record(found)["epoch"]
     if found is None:
-        model.mel.fit(*_measure(model, clips, split.train, config.clip_samples))
+        heard = (config.data, config.mel, clips.digest)
+        if heard not in _MEASURED:
+            _MEASURED[heard] = _measure(model, clips, split.train, config.clip_samples)
+        model.mel.fit(*_MEASURED[heard])
         if config.encoder.pretrained != "none":
             borrowed = borrow(model.encoder, config.encoder)
             if context.rank == 0:
