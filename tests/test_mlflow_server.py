@@ -279,6 +279,35 @@ def test_server_that_stays_away_costs_a_bounded_wait_and_a_count(
     assert finish_orphans(f"sqlite:///{server.folder}/mlflow.db", [sink.run_id or ""]) == 1
 
 
+@pytest.mark.slow
+def test_server_whose_artifact_store_fails_has_all_but_files(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifacts, folder = server.folder / "artifacts", tmp_path / "run"
+    if artifacts.exists():
+        artifacts.rename(tmp_path / "aside")
+    artifacts.touch()  # a file, where the server wants a folder
+    folder.mkdir()
+    (tmp_path / "table.csv").write_text("a,b\n")
+    for num_lost in (1, 0):
+        sink = MLflowSink(server.uri, "e", "r", folder=folder, close_wait_s=3.0)
+        sink.start({}, {})
+        sink.artifact(tmp_path / "table.csv")
+        sink.log({"a": 1.0}, 1)
+        sink.close()
+        client = connect(server.uri)
+        assert client.get_run(sink.run_id or "").info.status == "FINISHED"
+        assert points_of(server.uri, sink.run_id or "") == {("a", 1, 1.0)}
+        assert has_all(folder, server.uri) == (num_lost == 0)
+        lost = f"did not take 1 of the 1 files of run {sink.run_id}; the same command sends them"
+        assert (lost in caplog.text) == (num_lost == 1)
+        assert ("does not answer (too many 500 error responses)" in caplog.text) == (num_lost == 1)
+        if num_lost:
+            artifacts.unlink()
+            caplog.clear()
+    assert [file.path for file in client.list_artifacts(sink.run_id or "")] == ["table.csv"]
+
+
 def test_server_that_does_not_answer_is_one_clear_line_within_ten_seconds() -> None:
     uri = f"http://me:s3cret@127.0.0.1:{free_port()}"
     began_s = time.monotonic()

@@ -73,6 +73,7 @@ class MLflowSink:
         self._folder, self._close_wait_s = folder, close_wait_s
         self._known: set[tuple[str, int, float]] = set()  # points that the run has already, when it is continued
         self._open: _Open | None = None
+        self._files: list[Call] = []
         self._spool: Path | None = None
 
     def start(self, params: Mapping[str, Any], tags: Mapping[str, str], from_step: int = 0) -> None:
@@ -115,7 +116,8 @@ class MLflowSink:
             self._open.mailbox.put(Call(f"{PARENT} of {run_id}", partial(client.set_tag, run_id, PARENT, parent)))
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Puts a copy of the file in line, in which passwords of URIs are hidden if it is text."""
+        """Takes a copy of the file, with passwords of URIs hidden if it is text. It is sent after the run's end, since
+        a server's artifact store may fail alone, and is to hold up nothing else."""
         if self._open is None:
             return
         try:
@@ -124,11 +126,12 @@ class MLflowSink:
             logger.warning("%s is not sent to MLflow (%s)", path, explain(error))
             return
         send = partial(self._open.client.log_artifact, self._open.run_id, str(copy), folder or None)
-        self._open.mailbox.put(Call(path.name, send))
+        self._files.append(Call(path.name, send))
 
     def close(self, status: Status = "FINISHED", wait_s: float | None = None) -> None:
-        """Sends what is left, then the run's end; warns of what could not be sent in time."""
+        """Sends what is left, then the run's end, then files; warns of what could not be sent in time."""
         run, self._open = self._open, None
+        files, self._files = self._files, []
         if run is None:
             return
         has_ended = Event()
@@ -137,17 +140,15 @@ class MLflowSink:
             run.client.set_terminated(run.run_id, status)
             has_ended.set()
 
-        run.mailbox.put(Call(f"the end of run {run.run_id}", end))
+        run.mailbox.put(Call(f"the end of run {run.run_id}", end), *files)
         left = run.mailbox.close(self._close_wait_s if wait_s is None else wait_s)
         if left:
             num_points = sum(isinstance(item, Point) for item in left)
-            logger.warning(
-                "MLflow at tracking.uri=%s did not take the last %d points of run %s, which it shows as RUNNING; "
-                "the same command sends them",
-                hide_password(self.uri),
-                num_points,
-                run.run_id,
-            )
+            lost = f"the last {num_points} points of run {run.run_id}, which it shows as RUNNING"
+            if has_ended.is_set():
+                lost = f"{len(left)} of the {len(files)} files of run {run.run_id}"
+            where = hide_password(self.uri)
+            logger.warning("MLflow at tracking.uri=%s did not take %s; the same command sends them", where, lost)
         elif self._folder is not None and has_ended.is_set():  # it may have been refused
             try:
                 remember(self._folder, self.uri, run.run_id, status)

@@ -50,6 +50,7 @@ CAUSES = (
     "timed out",
     "Name or service not known",
     "Network is unreachable",
+    "too many 500 error responses",
     "Max retries exceeded",
 )
 """What matters in the long lines of the HTTP libraries, the most telling first."""
