@@ -10,6 +10,7 @@ import timm
 import torch
 from tiny import tiny
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from meamtm.config import EncoderConfig, flatten, from_flat, write_yaml
 from meamtm.errors import ConfigError
@@ -146,6 +147,21 @@ def test_cost_is_counted_and_memory_foretold() -> None:
     assert peak_training_bytes(config) > peak_training_bytes(
         from_flat({"encoder.cnn": "resnet10t", "train.batch_size": 8})
     )
+
+
+def test_no_part_of_a_batch_is_one_clip(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """An epoch's batches are nearly equal, so 100 clips in batches of 8 are some of 7, and 4 parts of that hear one."""
+    changes = {"encoder.cnn": "resnet10t", "train.batch_size": 8, "train.accumulation_steps": 4, "train.epochs": 1}
+    heard = []
+
+    def hear(module: nn.Module, images: tuple[Tensor]) -> None:
+        if isinstance(module, ConvNet) and module.training and type(images[0]) is Tensor:  # no fake one of an estimate
+            heard.append(len(images[0]))
+
+    with register_module_forward_pre_hook(hear):
+        run_here(tiny(packed, cache_dir, tmp_path, changes | {"data.test_fold": None}))
+    assert sum(heard) == 100
+    assert set(heard) == {2, 3}
 
 
 def test_a_convolutional_network_teaches(packed: Path, cache_dir: Path, tmp_path: Path) -> None:

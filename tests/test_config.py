@@ -351,10 +351,25 @@ def test_checks_see_all_changes_at_once() -> None:
         override(low, {"mel.fmax_hz": 20_000})
 
 
-def test_width_is_accepted_where_it_agrees_and_never_stored() -> None:
-    config = override(RunConfig(), {"encoder.width": 96, "encoder.heads": 3, "encoder.head_dim": 32})
+@pytest.mark.parametrize("claimed", [{"width": 96, "heads": 3}, {"width": "96", "heads": "03"}])
+def test_width_is_accepted_where_it_agrees_and_never_stored(claimed: dict[str, Any]) -> None:
+    changes = {f"encoder.{key}": value for key, value in claimed.items()}
+    config = override(RunConfig(), changes | {"encoder.head_dim": 32})
     assert config.encoder.width == 96
     assert "encoder.width" not in flatten(config)
+
+
+def test_a_claimed_width_hides_no_other_mistake() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^encoder\.heads=None: input should be a valid integer; encoder\.heads is: "
+    ):
+        from_flat({"encoder.width": 256, "encoder.heads": None})
+
+
+def test_a_section_whose_keys_are_all_commented_out_sets_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("encoder:\n  # depth: 3\ntrain: {epochs: 7}\n")
+    assert load(tmp_path / "run.yaml") == from_flat({"train.epochs": 7})
+    assert load(tmp_path / "run.yaml", {"encoder.depth": 3}).encoder.depth == 3
 
 
 def test_a_preset_fixes_an_architecture_from_a_file_or_in_an_override() -> None:
@@ -436,6 +451,12 @@ def _pattern(message: ast.expr) -> str:
                 "train.epochs is: passes over the training clips (default 60)"
             ),
         ),
+        (
+            "encoder.heads",
+            None,
+            "encoder.heads=None: input should be a valid integer; encoder.heads is: attention heads",
+        ),
+        ("mix.alpha", 0.001, "mix.alpha=0.001: input should be greater than or equal to 0.01; mix.alpha is: "),
         ("train.epochs", 2.5, "train.epochs=2.5: input should be a valid integer, got a number with a fractional part"),
         (
             "optim.lr",
@@ -475,7 +496,6 @@ def _pattern(message: ast.expr) -> str:
         ("name", "a/b", "name='a/b': string should match pattern"),
         ("name", True, "name=True: input should be a valid string"),
         ("mel", 3, "mel=3: input should be a valid dictionary"),
-        ("mel", None, "mel=None: input should be a valid dictionary"),
     ],
 )
 def test_a_bad_key_or_value_is_named_with_rule_and_remedy(key: str, value: Any, message: str) -> None:

@@ -1,20 +1,23 @@
 """What a checkpoint is tested on: clips that it never heard, asked as it was taught, on whatever computes here."""
 
 import csv
+import math
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny
 
 from meamtm.config import override
+from meamtm.data.cache import open_clips
 from meamtm.data.pack import pack
-from meamtm.errors import CheckpointError, DataError
+from meamtm.errors import CheckpointError, DataError, MeamtmError
 from meamtm.inference.predict import classify_files
 from meamtm.training.checkpoint import load_model
-from meamtm.training.evaluate import evaluate
+from meamtm.training.evaluate import classify, evaluate
 from meamtm.training.run import Outcome, run_here
 
 SHORT = {"train.epochs": 1}
@@ -142,6 +145,30 @@ def test_a_test_hears_all_of_a_long_clip_as_predict_does(sounds: Path, cache_dir
     paths = [sounds / f"{clip}.wav" for clip in found.clip_ids]
     answers = [answer.values for answer in classify_files(load_model(outcome.folder), paths)]
     np.testing.assert_allclose(found.probability, np.stack(answers), atol=1e-5)
+
+
+def test_what_was_trained_in_parts_is_tested_in_parts(outcome: Outcome) -> None:
+    """The memory that parts save would be taken by the first batch that a test hears."""
+    saved = load_model(outcome.folder)
+    clips = open_clips(saved.config.data, saved.config.mel.sample_rate_hz)
+    heard: list[int] = []
+    saved.model.encoder.register_forward_pre_hook(lambda _, images: heard.append(len(images[0])))
+    answers = []
+    for steps in (1, 3):
+        config = override(saved.config, {"train.batch_size": 10, "train.accumulation_steps": steps})
+        answers.append(classify(saved.model, config, clips, np.arange(20), multi_label=False)[0])
+    assert heard == [10, 10, 4, 4, 4, 4, 4]
+    torch.testing.assert_close(answers[0], answers[1], atol=1e-6, rtol=0)
+
+
+def test_answers_that_are_no_numbers_are_no_answers(outcome: Outcome) -> None:
+    saved = load_model(outcome.folder)
+    clips = open_clips(saved.config.data, saved.config.mel.sample_rate_hz)
+    with torch.no_grad():
+        saved.model.encoder.head.weight[0] = math.nan
+    message = r"^20 of 20 clips get answers that are no numbers, .*; lower optim\.lr \(0\.003\)"
+    with pytest.raises(MeamtmError, match=message):
+        classify(saved.model, saved.config, clips, np.arange(20), multi_label=False)
 
 
 def test_what_gpus_trained_is_tested_on_what_is_here(outcome: Outcome, packed: Path) -> None:

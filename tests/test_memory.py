@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "the default": {"train.batch_size": 16},
     "small": {"mel.hop_ms": 25, "encoder.stem_channels": [16, 32, 64, 128], "train.precision": "float32"},
     "small, in parts": {"train.accumulation_steps": 4, "train.precision": "float32"},
+    "small, in parts of a clip": {"train.accumulation_steps": 32, "train.precision": "float32"},
     "guessing": {"pretrain.epochs": 1, "train.ema_decay": 0, "train.batch_size": 16, "train.precision": "float32"},
     "wide stem": {"mel.hop_ms": 25, "train.batch_size": 64, "train.precision": "float32"},
     "patches": {"encoder.stem": "patch", "encoder.depth": 6, "encoder.heads": 3},
@@ -51,11 +52,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 MEASURE = """
 import ctypes, gc, json, sys, threading, time
+import numpy as np
 import torch
 from meamtm.config import from_flat
+from meamtm.data.cache import open_clips
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.heap import set_up_heap, settled_objects
 from meamtm.training.prepare import TrainingBatch
+from meamtm.training.recalibrate import recalibrate
 from meamtm.training.step import make_learner, train_step
 
 class Mallinfo2(ctypes.Structure):
@@ -80,6 +84,8 @@ def train(config, num_steps):
     for step in range(num_steps):
         waveform = 0.1 * torch.randn(num_clips, config.clip_samples)
         train_step(learner, TrainingBatch(waveform, torch.eye(10)[torch.arange(num_clips) % 10], None, num_clips, step))
+    clips = open_clips(config.data, config.mel.sample_rate_hz)
+    recalibrate(learner.evaluated, config, clips, np.arange(32))
 
 def peak(config):
     train(config, 1)  # what libraries take once for each shape: oneDNN's kernels for Muon's products in bf16 are 50 MB
@@ -106,12 +112,13 @@ with settled_objects():
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
+def measured(packed: Path, cache_dir: Path) -> dict[str, Any]:
     """What one process takes that trains a model of each kind, one after the other."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("asks glibc what is allocated")
     native = torch.cpu._is_avx512_bf16_supported()
-    kinds = {kind: flat for kind, flat in KINDS.items() if native or flat.get("train.precision") != "bf16"}
+    places = {"data.path": str(packed), "data.cache_dir": str(cache_dir)}
+    kinds = {kind: flat | places for kind, flat in KINDS.items() if native or flat.get("train.precision") != "bf16"}
     command = [sys.executable, "-c", MEASURE, json.dumps(kinds)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

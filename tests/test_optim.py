@@ -169,7 +169,7 @@ def test_one_pass_over_all_weights_where_the_optimizer_has_it(name: str, is_fuse
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactor", "muon", "adamp"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactor", "muon", "adamp", "adagrad"])
 def test_what_an_optimizer_will_keep_is_counted_without_its_memory(name: str, trainable: bool) -> None:
     """AdamP looks at numbers in its step, and keeps as many as Adam."""
     config = override(tiny_config(trainable=trainable), {"optim.name": name})

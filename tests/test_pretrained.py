@@ -537,6 +537,16 @@ def test_a_file_that_fits_nothing_is_refused(name: str, content: Any, message: s
         ),
         (lambda given: given.update({"module.v.pos_embed": torch.zeros(1, 2, 16)}), "has 2 positions, 2 of them of"),
         (lambda given: given.pop("module.v.pos_embed"), "fits nothing here (it holds cls_token, dist_token, patch_"),
+        (
+            lambda given: given.update({"module.v.pos_embed": torch.zeros(2, 34, 16)}),
+            "has pos_embed of [2, 34, 16], not of [1, n, 16]; take weights as they were published",
+        ),
+        (lambda given: given.update({"module.v.cls_token": torch.zeros(16)}), "has cls_token of [16], not of [1, n, "),
+        (lambda given: given.update({"module.v.norm.weight": torch.ones(1)}), "has norm.weight of [1], not of [16]; "),
+        (
+            lambda given: given["module.v.blocks.0.attn.qkv.weight"].fill_(math.nan),
+            "has blocks.0.attn.qkv.weight not all numbers; take weights as they were published",
+        ),
     ],
 )
 def test_another_network_and_half_a_one_are_refused(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from meamtm.config.section import Section, Word
 
@@ -98,19 +98,19 @@ class EncoderConfig(Section):
         is_path = "/" in self.pretrained or self.pretrained.endswith(WEIGHT_SUFFIXES)
         return Path(self.pretrained) if is_path else None
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _width_is_heads_times_head_dim(cls, given: Any) -> Any:
+    def _width_is_heads_times_head_dim(cls, given: Any, build: ModelWrapValidatorHandler["EncoderConfig"]) -> Any:
         """Accepts `width` as a claim to be checked; it is never stored, since two other keys make it."""
         if not isinstance(given, Mapping) or "width" not in given:
-            return given
-        heads, head_dim = (given.get(key, cls.model_fields[key].default) for key in ("heads", "head_dim"))
-        if given["width"] != heads * head_dim:
+            return build(given)
+        config = build({key: value for key, value in given.items() if key != "width"})
+        if given["width"] not in (config.width, str(config.width)):
             raise ValueError(
                 f"encoder.width={given['width']} is not encoder.heads x encoder.head_dim "
-                f"({heads} x {head_dim} = {heads * head_dim}); leave encoder.width out and set those two"
+                f"({config.heads} x {config.head_dim} = {config.width}); leave encoder.width out and set those two"
             )
-        return {key: value for key, value in given.items() if key != "width"}
+        return config
 
     @model_validator(mode="before")
     @classmethod

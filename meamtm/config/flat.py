@@ -184,7 +184,9 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(model: type[Model], flat: Mapping[str, Any]) -> Model:
-    """Builds any settings class from dotted keys; its errors name key, value, rule and remedy."""
+    """Builds any settings class from dotted keys; its errors name key, value, rule and remedy. A section that is null,
+    as one is in YAML whose keys are all commented out, sets nothing."""
+    flat = {key: value for key, value in flat.items() if value is not None or not _is_section(_field(model, key))}
     _check_booleans(model, flat)
     try:
         return model.model_validate(nest(flat))
@@ -256,6 +258,10 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
         else:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+def _is_section(field: Any) -> bool:
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 
 
 def _field(model: type[BaseModel], key: str) -> Any:

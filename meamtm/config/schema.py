@@ -43,7 +43,9 @@ class AugmentConfig(Section):
 
     roll: float = Field(default=1.0, ge=0, le=1, description="probability of a random circular shift in time")
     gain_db: float = Field(default=6.0, ge=0, le=40, description="gain drawn from +-this, dB")
-    speed: float = Field(default=0.15, ge=0, le=0.5, description="playing speed drawn from 1 +- this, in steps of 1/32")
+    speed: float = Field(
+        default=0.15, ge=0, le=0.5, description="playing speed drawn from 1 +- this, in steps of 1/32; less: none"
+    )
     noise_db: float | None = Field(
         default=None, ge=0, le=80, description="signal over added white noise, dB: from this to 30 dB more; null: none"
     )
@@ -67,7 +69,7 @@ class MixConfig(Section):
         description="fraction of train.epochs that mix; the others hear clips alone, as a test does",
     )
     alpha: float = Field(
-        default=1.0, gt=0, le=20, description="the first clip's share is drawn from Beta(alpha, alpha)"
+        default=1.0, ge=0.01, le=20, description="the first clip's share is drawn from Beta(alpha, alpha)"
     )
 
 
@@ -191,6 +193,11 @@ class TrainConfig(Section):
         ge=0,
         description="least seconds between checkpoints, which come at the end of an epoch; 0: after every one",
     )
+
+    @property
+    def clips_at_once(self) -> int:
+        """Clips of the largest part of a batch, over all workers together."""
+        return -(-self.batch_size // self.accumulation_steps)
 
 
 class TrackingConfig(Section):

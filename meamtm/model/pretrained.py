@@ -72,6 +72,7 @@ def borrow(encoder: Encoder | ConvNet, config: EncoderConfig) -> Borrowed:
     ours = dict(encoder.named_parameters())
     _check_blocks(published.source, left, ours.keys() - taken.keys())
     for name, (weight, _) in taken.items():
+        _check_weight(published.source, name, weight, ours[name])
         ours[name].copy_(weight)
     return Borrowed(
         published.source,
@@ -209,6 +210,14 @@ def _check_blocks(source: str, left: Weights, fresh: set[str]) -> None:
     if extra or missing:
         what = f"has {extra[0]}, for which there is no place here" if extra else f"lacks {missing[0]}"
         raise CheckpointError(f"encoder.pretrained={source} {what}; take a plain ViT or DeiT, or an AST, and all of it")
+
+
+def _check_weight(source: str, name: str, weight: Tensor, ours: Tensor) -> None:
+    fault = f"of {list(weight.shape)}, not of {list(ours.shape)}" if weight.shape != ours.shape else ""
+    if not fault and not weight.isfinite().all():
+        fault = "not all numbers"
+    if fault:
+        raise CheckpointError(f"encoder.pretrained={source} has {name} {fault}; take weights as they were published")
 
 
 def _why(name: str, published: Published, encoder: Encoder, config: EncoderConfig) -> str:

@@ -39,6 +39,7 @@ LEAST = {
     "blocks.0.mlp.fc1.weight": 2,
 }
 """Weights that every model has here, and how many axes each has."""
+TOKENS = ("cls_token", "reg_token", "dist_token")
 AST_ROWS = (12, 10, 9, 8)
 """Rows of AST's patches for its strides 10, 12, 14 and 16. The first that divides the number of patches is the right
 one for 1,024 frames (AudioSet) and 128 (Speech Commands), and for 512 (ESC-50) with a stride of 10 or 16."""
@@ -205,6 +206,14 @@ def _checked(source: str, weights: Weights) -> Weights:
             f"encoder.pretrained={source} fits nothing here (it holds {some}, but no {missing[0]}); "
             f"take a ViT or DeiT as timm saves it, or an AST as its authors or transformers save it"
         )
+    width = weights["patch_embed.proj.weight"].shape[0]
+    for name in ("pos_embed", *TOKENS):
+        shape = list(weights[name].shape) if name in weights else [1, 1, width]
+        if len(shape) != 3 or [shape[0], shape[2]] != [1, width]:
+            raise CheckpointError(
+                f"encoder.pretrained={source} has {name} of {shape}, not of [1, n, {width}]; take weights as they were "
+                f"published"
+            )
     return weights
 
 
@@ -247,7 +256,7 @@ def _with_positions(source: str, weights: Weights, possible_rows: Sequence[int])
 
 
 def _num_tokens(weights: Weights) -> int:
-    return sum(weights[name].shape[1] for name in ("cls_token", "reg_token", "dist_token") if name in weights)
+    return sum(weights[name].shape[1] for name in TOKENS if name in weights)
 
 
 def _possible_rows(weights: Weights, told: int | None, ours: tuple[int, int]) -> list[int]:

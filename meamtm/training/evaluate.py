@@ -18,7 +18,7 @@ from meamtm.data.clips import Clips
 from meamtm.data.loader import Loader
 from meamtm.data.packed import Card, digest_of, read_card
 from meamtm.data.split import held_out, split_clips
-from meamtm.errors import CheckpointError, DataError
+from meamtm.errors import CheckpointError, DataError, MeamtmError
 from meamtm.model.precision import autocast
 from meamtm.model.transformer import AudioTransformer
 from meamtm.training.checkpoint import Saved, load_model
@@ -220,7 +220,7 @@ def classify(
         clips,
         indices,
         config.clip_samples,
-        config.train.batch_size,
+        config.train.clips_at_once,
         seed=0,
         train=False,
         most_windows=most_windows,
@@ -247,4 +247,9 @@ def classify(
         dist.all_reduce(totals)
         totals = totals.cpu()
     probability = totals[:, :-1] / totals[:, -1:]
+    if num_lost := int((~probability.isfinite().all(1)).sum()):
+        raise MeamtmError(
+            f"{num_lost} of {len(indices)} clips get answers that are no numbers, so training has diverged; lower "
+            f"optim.lr ({config.optim.lr:g}) or set optim.clip_grad"
+        )
     return probability, torch.from_numpy(clips.targets[indices])

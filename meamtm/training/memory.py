@@ -29,6 +29,8 @@ from meamtm.model.masked import MaskedPrediction
 from meamtm.model.precision import is_bf16
 from meamtm.training.optim import count_state
 from meamtm.training.prepare import training_loader
+from meamtm.training.recalibrate import FEWEST_CLIPS
+from meamtm.training.step import MOST_FOR_NORMS
 from meamtm.training.teacher import teacher_configs
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -64,9 +66,13 @@ def _large(config: RunConfig) -> RunConfig:
 def _peak_bytes(config: RunConfig, num_labels: int, device: torch.device, teachers: tuple[RunConfig, ...]) -> int:
     num_clips = -(-config.train.batch_size // max(config.scale.least_workers, 1))
     num_at_once = -(-num_clips // config.train.accumulation_steps)
+    if config.encoder.cnn != "none":
+        num_at_once = max(num_at_once, min(num_clips, MOST_FOR_NORMS))
     state_bytes = 4 * count_state(config, num_labels)
     waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
     most = _learning_bytes(config, num_labels, num_at_once, device, teachers)
+    if config.train.recalibrate and num_at_once < FEWEST_CLIPS:
+        most = max(most, _recalibrating_bytes(config, num_labels, device, teachers))
     if config.pretrain.epochs > 0:
         most = max(most, _guessing_bytes(config, num_labels, num_at_once, device, teachers))
     return most + state_bytes + waveform_bytes
@@ -85,8 +91,26 @@ def _learning_bytes(
                     model(_image(teacher, config.clip_samples, num_clips))
             logits = encoder(_image(config, config.clip_samples, num_clips))
         logits.float().logsumexp(1).sum().backward()
-    kept_copies = 1 + (config.train.ema_decay > 0) + (config.train.keep == "best") + (config.optim.sam_rho > 0)
-    return count.peak_bytes + kept_copies * _weight_bytes(encoder) + sum(map(_weight_bytes, teaching))
+    return count.peak_bytes + _num_copies(config) * _weight_bytes(encoder) + sum(map(_weight_bytes, teaching))
+
+
+def _recalibrating_bytes(
+    config: RunConfig, num_labels: int, device: torch.device, teachers: Sequence[RunConfig]
+) -> int:
+    """Estimates the same of a batch that goes forward alone, larger than a part that learns; 0 without batch norm."""
+    encoder = weightless(config, num_labels).eval()
+    if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
+        return 0
+    num_clips = -(-FEWEST_CLIPS // max(config.scale.least_workers, 1))
+    with _counting([encoder]) as count, torch.no_grad(), _autocast(config, device):
+        encoder(_image(config, config.clip_samples, num_clips))
+    waiting = [weightless(teacher, num_labels) for teacher in teachers]
+    return count.peak_bytes + _num_copies(config) * _weight_bytes(encoder) + sum(map(_weight_bytes, waiting))
+
+
+def _num_copies(config: RunConfig) -> int:
+    """Counts the weights that training holds beside their gradients."""
+    return 1 + (config.train.ema_decay > 0) + (config.train.keep == "best") + (config.optim.sam_rho > 0)
 
 
 def _guessing_bytes(
@@ -125,10 +149,12 @@ def check_memory(config: RunConfig, device: torch.device, num_at_once: int = 1) 
             there = max(1, there // num_at_once - LIBRARIES_BYTES)
     if (needed := needed_bytes(config, device)) > there:
         shared, fewer = (f" for each of {num_at_once}", "train fewer at once, ") if num_at_once > 1 else ("", "")
+        can_checkpoint = config.encoder.cnn == "none" and not config.train.grad_checkpointing
+        last = ", raise train.accumulation_steps or scale.workers, or set train.grad_checkpointing=true"
         raise TooLargeError(
             f"train.batch_size={config.train.batch_size} takes {needed / 1e9:,.1f} GB at training's peak, and there "
-            f"are {there / 1e9:,.1f} GB{shared}; {fewer}lower it, raise train.accumulation_steps or scale.workers, or "
-            "set train.grad_checkpointing=true",
+            f"are {there / 1e9:,.1f} GB{shared}; {fewer}lower it"
+            + (last if can_checkpoint else ", or raise train.accumulation_steps or scale.workers"),
             needed / there - 1,
         )
 

@@ -51,7 +51,8 @@ def count_state(config: RunConfig, num_labels: int = 10) -> int:
     except RuntimeError:
         return 2 * sum(weight.numel() for weight in (*encoder.parameters(), *basis))
     kept = ((weight, value) for weight, state in optimizer.state.items() for value in state.values())
-    return sum(num_alike[weight] * value.numel() for weight, value in kept if isinstance(value, Tensor))
+    # Adagrad has made its state already, for all.
+    return sum(num_alike.get(weight, 0) * value.numel() for weight, value in kept if isinstance(value, Tensor))
 
 
 def _keep_one_of_a_shape(optimizer: Optimizer) -> dict[Tensor, int]:

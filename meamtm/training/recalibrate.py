@@ -18,7 +18,8 @@ from meamtm.model.transformer import AudioTransformer
 from meamtm.training.prepare import to_float
 
 FEWEST_CLIPS = 16
-"""Of a batch, whatever training's has: the mean of variances within batches lacks what clips differ by between them."""
+"""Of a batch, whatever a part of training's has: the mean of variances within batches lacks what clips differ by
+between them."""
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def recalibrate(
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
-    batch_size = max(config.train.batch_size, FEWEST_CLIPS)
+    batch_size = max(config.train.clips_at_once, FEWEST_CLIPS)
     num_batches = min(-(-len(indices) // batch_size), max(len(indices) // world_size, 1))
     num_samples, batch_size, seed = config.clip_samples, -(-len(indices) // num_batches), config.train.seed
     loader = Loader(clips, indices, num_samples, batch_size, seed=seed, train=True, rank=rank, world_size=world_size)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from meamtm.config import RunConfig, override
+from meamtm.model.cnn import ConvNet
 from meamtm.model.encoder import Encoder
 from meamtm.model.masked import MaskedPrediction
 from meamtm.model.precision import autocast, is_bf16
@@ -23,6 +24,9 @@ from meamtm.training.optim import make_optimizer, set_lr
 from meamtm.training.prepare import TrainingBatch
 from meamtm.training.sam import worst_nearby
 from meamtm.training.teacher import Teacher
+
+MOST_FOR_NORMS = 4
+"""Clips of the largest part of a convolutional network's batch that has hardly two for each part."""
 
 
 class Average(ModelEmaV3):
@@ -187,9 +191,11 @@ def _gradients(learner: Learner, parts: Sequence[TrainingBatch]) -> Tensor:
 
 
 def _parts(learner: Learner, batch: TrainingBatch) -> list[TrainingBatch]:
-    """Cuts a batch into `train.accumulation_steps` parts that differ in size by one clip at most."""
+    """Cuts a batch into `train.accumulation_steps` parts that differ in size by one clip at most, or into fewer, so
+    that a convolutional network's have two clips to normalise over: an epoch's batches are smaller than asked for."""
     least_clips = batch.num_global // learner.world_size  # of a rank; all must take as many parts
-    count = min(learner.config.train.accumulation_steps, least_clips)
+    most_parts = max(1, least_clips // 2) if isinstance(learner.model.encoder, ConvNet) else least_clips
+    count = min(learner.config.train.accumulation_steps, most_parts)
     masks = [None] * count if batch.mask is None else batch.mask.tensor_split(count)
     pieces = zip(batch.waveform.tensor_split(count), batch.target.tensor_split(count), masks, strict=True)
     return [replace(batch, waveform=waveform, target=target, mask=mask) for waveform, target, mask in pieces]
