@@ -69,13 +69,12 @@ def _peak_bytes(config: RunConfig, num_labels: int, device: torch.device, teache
     if config.encoder.cnn != "none":
         num_at_once = max(num_at_once, min(num_clips, MOST_FOR_NORMS))
     state_bytes = 4 * count_state(config, num_labels)
-    waveform_bytes = num_clips * config.clip_samples * (2 + 4)  # as read, and as played
     most = _learning_bytes(config, num_labels, num_at_once, device, teachers)
     if config.train.recalibrate and num_at_once < FEWEST_CLIPS:
         most = max(most, _recalibrating_bytes(config, num_labels, device, teachers))
     if config.pretrain.epochs > 0:
         most = max(most, _guessing_bytes(config, num_labels, num_at_once, device, teachers))
-    return most + state_bytes + waveform_bytes
+    return most + state_bytes + _waveform_bytes(config, num_clips)
 
 
 def _learning_bytes(
@@ -97,7 +96,9 @@ def _learning_bytes(
 def _recalibrating_bytes(
     config: RunConfig, num_labels: int, device: torch.device, teachers: Sequence[RunConfig]
 ) -> int:
-    """Estimates the same of a batch that goes forward alone, larger than a part that learns; 0 without batch norm."""
+    """Estimates the same of a batch that goes forward alone, larger than a part that learns; 0 without batch norm.
+
+    Its waveforms come on top of the last step's, and without gradients a convolution lays its image out anew."""
     encoder = weightless(config, num_labels).eval()
     if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
         return 0
@@ -105,7 +106,12 @@ def _recalibrating_bytes(
     with _counting([encoder]) as count, torch.no_grad(), _autocast(config, device):
         encoder(_image(config, config.clip_samples, num_clips))
     waiting = [weightless(teacher, num_labels) for teacher in teachers]
-    return count.peak_bytes + _num_copies(config) * _weight_bytes(encoder) + sum(map(_weight_bytes, waiting))
+    activations_bytes = count.peak_bytes + count.largest_bytes + _waveform_bytes(config, num_clips)
+    return activations_bytes + _num_copies(config) * _weight_bytes(encoder) + sum(map(_weight_bytes, waiting))
+
+
+def _waveform_bytes(config: RunConfig, num_clips: int) -> int:
+    return num_clips * config.clip_samples * (2 + 4)  # as read, and as played
 
 
 def _num_copies(config: RunConfig) -> int:
@@ -216,6 +222,8 @@ class _Count(TorchDispatchMode):
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
         self.peak_bytes = 0
+        self.largest_bytes = 0
+        """Of one storage."""
         self._live_bytes = 0
         weights = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
         self._known = {tensor.untyped_storage()._cdata for tensor in weights}
@@ -235,6 +243,7 @@ class _Count(TorchDispatchMode):
         if key not in self._known:
             self._known.add(key)
             self._live_bytes += num_bytes
+            self.largest_bytes = max(self.largest_bytes, num_bytes)
             weakref.finalize(storage, self._forget, key, num_bytes)
 
     def _forget(self, key: int, num_bytes: int) -> None:
