@@ -150,8 +150,8 @@ def test_cost_is_counted_and_memory_foretold() -> None:
 
 
 def test_no_part_of_a_batch_is_one_clip(packed: Path, cache_dir: Path, tmp_path: Path) -> None:
-    """An epoch's batches are nearly equal, so 100 clips in batches of 8 are some of 7, and 4 parts of that hear one."""
-    changes = {"encoder.cnn": "resnet10t", "train.batch_size": 8, "train.accumulation_steps": 4, "train.epochs": 1}
+    """An epoch's batches are nearly equal, so 100 clips in batches of 8 are some of 7, of which 4 parts hear one."""
+    changes = {"encoder.cnn": "resnet10t", "train.batch_size": 8, "train.accumulation_steps": 5, "train.epochs": 1}
     heard = []
 
     def hear(module: nn.Module, images: tuple[Tensor]) -> None:

@@ -201,11 +201,8 @@ REFUSED = [
         ),
     ),
     (
-        {"encoder.cnn": "resnet18", "train.accumulation_steps": 20},
-        (
-            "train.batch_size=32 in train.accumulation_steps=20 parts has parts of one clip, and encoder.cnn=resnet18 "
-            "normalises over several; raise the one or lower the other"
-        ),
+        {"encoder.cnn": "resnet18", "train.batch_size": 1},
+        "train.batch_size=1 is a single clip, and encoder.cnn=resnet18 normalises over several; raise it",
     ),
     (
         {"encoder.cnn": "resnet18", "train.grad_checkpointing": True},

@@ -177,7 +177,8 @@ class TrainConfig(Section):
         default=1,
         ge=1,
         le=65_536,
-        description="parts of a batch, one after the other in memory; gradients add up, batch norm sees a part",
+        description="parts of a batch, one after the other in memory; gradients add up, batch norm sees a part, which "
+        "for encoder.cnn has two clips at least",
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
         default="auto", description="bf16: autocast; auto: where the device computes it natively"
@@ -271,10 +272,10 @@ class RunConfig(Section):
                 f"pretrain.epochs={self.pretrain.epochs} is for a transformer, which has patches to guess, and "
                 f"encoder.cnn={cnn} takes its place; set pretrain.epochs=0"
             )
-        if train.batch_size < 2 * train.accumulation_steps:
+        if train.batch_size < 2:
             raise ValueError(
-                f"train.batch_size={train.batch_size} in train.accumulation_steps={train.accumulation_steps} parts has "
-                f"parts of one clip, and encoder.cnn={cnn} normalises over several; raise the one or lower the other"
+                f"train.batch_size={train.batch_size} is a single clip, and encoder.cnn={cnn} normalises over several; "
+                f"raise it"
             )
         if train.grad_checkpointing:
             raise ValueError(
