@@ -224,7 +224,7 @@ def test_a_run_that_another_process_is_at_work_on_is_refused_and_not_stopped(
     ended, seen = Event(), []
 
     def look() -> None:
-        while not ended.wait(0.02):
+        while not ended.wait(0.001):
             seen.append(is_told_to_stop(folder))
 
     with held(folder), ThreadPoolExecutor(1) as beside:
