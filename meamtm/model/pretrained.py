@@ -59,7 +59,8 @@ class Borrowed:
 def borrow(encoder: Encoder | ConvNet, config: EncoderConfig) -> Borrowed:
     """Puts the weights that `encoder.pretrained` names into a new encoder of this config.
 
-    Raises ConfigError where the encoder has another size, CheckpointError where the source is another kind of network.
+    Raises ConfigError where the encoder has another size, CheckpointError where the source is another kind of network,
+    or has weights of another shape or that are no numbers.
     """
     assert isinstance(encoder, Encoder), "a config refuses published weights for another network"
     published = read_published(config, encoder.patch_embed.grid_size)

@@ -40,6 +40,7 @@ LEAST = {
 }
 """Weights that every model has here, and how many axes each has."""
 TOKENS = ("cls_token", "reg_token", "dist_token")
+"""Those that a model may have beside its patches."""
 AST_ROWS = (12, 10, 9, 8)
 """Rows of AST's patches for its strides 10, 12, 14 and 16. The first that divides the number of patches is the right
 one for 1,024 frames (AudioSet) and 128 (Speech Commands), and for 512 (ESC-50) with a stride of 10 or 16."""

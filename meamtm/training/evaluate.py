@@ -213,7 +213,7 @@ def classify(
     """Gives probabilities and targets of clips, in the order of `indices`; a long clip's windows, so many at most, are
     averaged.
 
-    Every rank classifies its share and gets all answers.
+    Every rank classifies its share and gets all answers. Raises MeamtmError where one is no number.
     """
     device = model.mel.mean.device
     loader = Loader(
